@@ -118,13 +118,13 @@ def export_mtcnn(weights_dir, out_dir):
 
 
 def _name_axes(graph, dynamic):
-    """Give the input's dynamic axes their names; those of the outputs follow or stay anonymous (None)."""
+    """Give the dynamic axes their names; the output sizes of PNet are `rows` and `columns`."""
     image = graph.inputs[0]
     names = {str(image.shape[axis]): name for axis, name in dynamic.items()}
     for value in (image, *graph.outputs):
         for axis, size in enumerate(value.shape):
             if not isinstance(size, int):
-                value.shape[axis] = names.get(str(size), f"out_{axis}")
+                value.shape[axis] = names.get(str(size), ("batch", "", "rows", "columns")[axis])
 
 
 def _strip_metadata(graph):
