@@ -1,0 +1,82 @@
+"""Configurations: frozen dataclasses that go to and from JSON; unknown keys are errors."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict) -> T:
+    """Dataclass from a JSON object; lists become tuples; unknown keys raise ValueError."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{cls.__name__} keys must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return cls(**{k: _tuples(v) for k, v in values.items()})
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def load_config(cls: type[T], path: Path) -> T:
+    return from_dict(cls, json.loads(Path(path).read_text()))
+
+
+def save_config(config, path: Path) -> None:
+    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class WPlusEncoderConfig:
+    """e4e's architecture (Tov et al. 2021, arXiv 2102.02766); the defaults are its FFHQ-1024 model."""
+
+    input_size: int = 256
+    num_styles: int = 18
+    style_dim: int = 512
+    stem_channels: int = 64
+    stage_channels: tuple[int, ...] = (64, 128, 256, 512)
+    stage_blocks: tuple[int, ...] = (3, 4, 14, 3)
+    head_channels: int = 512                   # width of the convolutions of each style head
+    coarse_styles: int = 3                     # heads 0 .. coarse_styles-1 read the 1/16 map
+    middle_styles: int = 7                     # heads .. middle_styles-1 read the 1/8 map, the rest 1/4
+
+
+E4E_FFHQ = WPlusEncoderConfig()
+W_PLUS_MINI = WPlusEncoderConfig(input_size=128, num_styles=12, stem_channels=24, stage_channels=(24, 48, 96, 192),
+                                 stage_blocks=(1, 2, 3, 2), head_channels=64)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Identity branch of one UNet.
+
+    `groups` are the sizes of the W+ level groups (coarse, middle, fine, finest). `tokens_per_group` = 1 with
+    `mode="residual"` is W+ Adapter (Li et al. 2024, arXiv 2311.17461); `parallel` adds the null key.
+    """
+
+    mode: str = "parallel"                     # parallel | residual
+    groups: tuple[int, ...] = (4, 4, 4, 6)
+    w_plus_dim: int = 512
+    token_dim: int = 768
+    tokens_per_group: int = 1
+    center: bool = False                       # subtract latent_avg from w_plus before the mapper
+
+    def __post_init__(self):
+        if self.mode not in ("parallel", "residual"):
+            raise ValueError(f"mode must be parallel or residual, got {self.mode!r}")
+        if len(self.groups) != 4 or min(self.groups) < 1:
+            raise ValueError(f"groups must be 4 positive sizes, got {self.groups}")
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.groups) * self.tokens_per_group
+
+    @property
+    def has_null(self) -> bool:
+        return self.mode == "parallel"
+
+
+ADAPTER_MINI = AdapterConfig(groups=(4, 4, 2, 2), token_dim=192, tokens_per_group=2, center=True)

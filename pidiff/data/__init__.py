@@ -1,0 +1,1 @@
+"""Training data: synthetic people with exactly known factors, or a folder of pictures."""

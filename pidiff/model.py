@@ -1,0 +1,161 @@
+"""A complete PIDiff model: base diffusion model, W+ encoder and identity adapter, and its folder on disk."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .autoencoder import PatchAutoencoder, PatchAutoencoderConfig
+from .checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, read_tensors, save_weights
+from .config import AdapterConfig, WPlusEncoderConfig, from_dict, save_config
+from .identity import IdentityAdapter
+from .unet import attach
+from .w_plus_encoder import WPlusEncoder
+
+MINI_UNET = {
+    "sample_size": 16, "in_channels": 16, "out_channels": 16, "layers_per_block": 1, "norm_num_groups": 32,
+    "block_out_channels": (128, 192, 192), "cross_attention_dim": 192, "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}
+MINI_TEXT = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "max_position_embeddings": 32, "projection_dim": 192,
+}
+MINI_SCHEDULER = {
+    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+    "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True,
+    "steps_offset": 0,
+}
+
+
+def mini_unet():
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(**MINI_UNET)
+
+
+def mini_text_encoder(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **MINI_TEXT))
+
+
+@dataclass
+class Model:
+    """Everything that makes a picture, as torch modules in eval mode (float32)."""
+
+    unet: nn.Module
+    text_encoder: nn.Module
+    vae: nn.Module                       # PatchAutoencoder or diffusers AutoencoderKL
+    tokenizer: object
+    scheduler: dict                      # a diffusers scheduler_config.json
+    w_plus_encoder: WPlusEncoder
+    adapter: IdentityAdapter
+    directions: dict[str, Tensor]        # name -> [L, 512]; one unit = one standard deviation
+
+    @property
+    def vae_scale_factor(self) -> int:
+        if isinstance(self.vae, PatchAutoencoder):
+            return self.vae.config.patch_size
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [-1, 1] -> scaled latents (posterior mean)."""
+        if isinstance(self.vae, PatchAutoencoder):
+            return self.vae.encode(image)
+        return self.vae.encode(image).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        if isinstance(self.vae, PatchAutoencoder):
+            return self.vae.decode(latents)
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids).last_hidden_state
+
+
+def _folder_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"model must have {folder.name}/config.json, got none in {folder.parent}")
+    return json.loads(path.read_text())
+
+
+def _load_part(folder: Path, module: nn.Module) -> nn.Module:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise CheckpointError(f"model must have a weights file in {folder.name}/, got none in {folder.parent}")
+    state = {}
+    for file in files:
+        state.update(read_tensors(file))
+    return load_strict(module, state, folder.name).eval()
+
+
+def _load_vae(folder: Path) -> nn.Module:
+    config = _folder_config(folder)
+    if "patch_size" in config:
+        return _load_part(folder, PatchAutoencoder(from_dict(PatchAutoencoderConfig, config)))
+    from diffusers import AutoencoderKL
+    return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
+
+
+def _load_text(folder: Path):
+    from transformers import CLIPTextModel, CLIPTokenizer
+    return (CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).eval(),
+            CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+
+
+def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Path | None = None) -> Model:
+    """A model folder: diffusers' layout plus `w_plus_encoder/`, `adapter/` and `directions.safetensors`.
+
+    `adapter_file` and `encoder_file` take published W+ Adapter and e4e files in place of these folders. An exported
+    bundle is such a folder too, so it loads the same way.
+    """
+    from diffusers import UNet2DConditionModel
+
+    folder = Path(folder)
+    if not (folder / "unet").is_dir():
+        raise CheckpointError(f"model must be a folder with unet/, vae/, text_encoder/ and tokenizer/, got {folder}")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).eval()
+    text_encoder, tokenizer = _load_text(folder)
+    if adapter_file is not None:
+        config = AdapterConfig(mode="residual", token_dim=unet.config.cross_attention_dim)
+        adapter = load_wplus_adapter(adapter_file, attach(unet, config))
+    else:
+        adapter = attach(unet, from_dict(AdapterConfig, _folder_config(folder / "adapter")))
+        _load_part(folder / "adapter", adapter)
+    if encoder_file is not None:
+        encoder = load_e4e(encoder_file)
+    else:
+        encoder = _load_part(folder / "w_plus_encoder",
+                             WPlusEncoder(from_dict(WPlusEncoderConfig, _folder_config(folder / "w_plus_encoder"))))
+    directions_file = folder / "directions.safetensors"
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return Model(unet, text_encoder, _load_vae(folder / "vae"), tokenizer, scheduler, encoder, adapter.eval(),
+                 read_tensors(directions_file) if directions_file.is_file() else {})
+
+
+def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a model folder that `load_model` reads; weights in `dtype` (float16 for what is shipped)."""
+    folder = Path(folder)
+    for name in ("unet", "text_encoder", "vae"):
+        module, part = getattr(model, name), folder / name
+        part.mkdir(parents=True, exist_ok=True)
+        if isinstance(module, PatchAutoencoder):
+            save_config(module.config, part / "config.json")
+        elif hasattr(module, "save_config"):
+            module.save_config(part)
+        else:
+            module.config.save_pretrained(part)
+        save_weights(module, part / ("model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"), dtype)
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(model.scheduler, indent=2) + "\n")
+    for name in ("w_plus_encoder", "adapter"):
+        module = getattr(model, name)
+        save_weights(module, folder / name / "model.safetensors", dtype)
+        save_config(module.config, folder / name / "config.json")
+    if model.directions:
+        save_file(model.directions, folder / "directions.safetensors")

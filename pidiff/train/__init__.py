@@ -1,0 +1,1 @@
+"""Training stages: vae, encoder, matting, base, adapter. Run `pidiff-train --help`."""

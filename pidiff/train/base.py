@@ -1,0 +1,107 @@
+"""Base stage: UNet, text encoder and identity adapter trained together on composed pictures.
+
+Every picture is of a known person in a known setting. The text names the setting, the identity code comes from any
+picture of the person, so neither can do the other's work. With probability `id_off` the identity branch is off (so
+that id_scale = 0 is a proper text-to-image model), with `id_null` it sees mapper(zeros), and `text_drop` empties the
+prompt, for classifier-free guidance. Loss: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) plus a small
+localisation loss on the identity map.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.factors import caption
+from ..data.people import People, compose
+from ..identity import IdentityAdapter
+from .common import stratified_timesteps, to_tensor
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    text_drop: float = 0.10
+    id_off: float = 0.10
+    id_null: float = 0.07
+    id_same: float = 0.25               # share of references that are the very picture to draw
+    code_noise: float = 0.15            # W noise, standard deviation up to this (a code's own is about 0.34)
+    localisation: float = 0.02
+
+
+class BaseModel(nn.Module):
+    """UNet + text encoder + adapter in one module, so that one optimiser and one average cover them."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module, adapter: IdentityAdapter):
+        super().__init__()
+        self.unet, self.text_encoder, self.adapter = unet, text_encoder, adapter
+
+
+def localisation_loss(maps: list[Tensor], mask: Tensor, weight: Tensor) -> Tensor:
+    """L_loc: identity attention should be on inside the face mask and off outside.
+
+    maps: per layer [B, 1, S]; mask [B, 1, h, w] in [0, 1]; weight [B], 0 for pictures without an identity.
+    """
+    total = mask.new_zeros(())
+    for attention_map in maps:
+        side = int(attention_map.shape[-1] ** 0.5)
+        inside = F.interpolate(mask, size=(side, side), mode="area").flatten(1)
+        m = attention_map[:, 0].float()
+        on = (m * inside).sum(1) / inside.sum(1).clamp(min=1)
+        off = (m * (1 - inside)).sum(1) / (1 - inside).sum(1).clamp(min=1)
+        total = total + ((off + 1 - on) * weight).sum() / weight.sum().clamp(min=1)
+    return total / len(maps)
+
+
+class BaseLoss:
+    """Draws a batch and computes the loss; see the module docstring."""
+
+    def __init__(self, model: BaseModel, autoencoder: nn.Module, tokenizer, people: People, alphas_cumprod: Tensor,
+                 batch_size: int, options: BaseOptions = BaseOptions(), device: str = "cpu"):
+        self.model, self.autoencoder, self.tokenizer, self.people = model, autoencoder, tokenizer, people
+        self.alphas_cumprod, self.batch_size, self.options, self.device = alphas_cumprod, batch_size, options, device
+        self.variants = people.variants()
+        self.levels = sum(model.adapter.config.groups)
+
+    def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """Latents [B, C, h, w], person masks [B, 1, h, w], captions; and the picture indices."""
+        indices = rng.integers(len(self.people), size=self.batch_size)
+        pictures = [compose(self.people, int(i), rng) for i in indices]
+        with torch.no_grad():
+            latents = self.autoencoder.encode(to_tensor(np.stack([p[0] for p in pictures])).to(self.device)).float()
+        masks = torch.from_numpy(np.stack([p[1] for p in pictures]))[:, None].to(self.device)
+        masks = F.interpolate(masks, size=latents.shape[-2:], mode="area")
+        captions = ["" if rng.random() < self.options.text_drop else caption(p[2], rng) for p in pictures]
+        return latents, masks, captions, indices
+
+    def codes(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """w_plus [B, L, 512] of a reference picture per person (zeros = null identity), id_scale [B]."""
+        o, w_plus, scale = self.options, [], []
+        for index in indices:
+            others = self.variants[int(self.people.identity[index])]
+            reference = index if rng.random() < o.id_same else rng.choice(others)
+            w = self.people.w[reference] + rng.normal(0, o.code_noise * rng.random(), 512).astype(np.float32)
+            kind = rng.random()
+            w_plus.append(np.zeros_like(w) if kind < o.id_null else w)
+            scale.append(0.0 if o.id_null <= kind < o.id_null + o.id_off else 1.0)
+        w_plus = torch.from_numpy(np.stack(w_plus).astype(np.float32)).to(self.device)
+        return w_plus[:, None].expand(-1, self.levels, -1), torch.tensor(scale, device=self.device)
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        latents, masks, captions, indices = self.batch(rng)
+        w_plus, id_scale = self.codes(indices, rng)
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        prompt_embeds = self.model.text_encoder(ids.to(self.device)).last_hidden_state
+        timesteps = stratified_timesteps(len(latents), len(self.alphas_cumprod)).to(self.device)
+        alpha = self.alphas_cumprod.to(self.device)[timesteps].view(-1, 1, 1, 1)
+        noise = torch.randn_like(latents)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        adapter = self.model.adapter
+        with adapter.condition(adapter.mapper(w_plus), id_scale, keep_maps=True) as condition:
+            output = self.model.unet(noisy, timesteps, prompt_embeds).sample
+        diffusion = F.mse_loss(output.float(), target)
+        real = id_scale * (w_plus.abs().sum((1, 2)) > 0)
+        local = localisation_loss(condition.maps, masks, real)
+        return diffusion + self.options.localisation * local, {"diffusion": diffusion.detach(), "localisation": local.detach()}

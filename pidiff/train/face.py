@@ -1,0 +1,82 @@
+"""Face stages: the W+ encoder (regression of exact codes) and the matting network (published masks)."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.factors import COLOURS, SCENES, composite, paint_background
+from ..data.people import People
+from .augment import misalign, photograph
+from .common import to_tensor
+
+
+def _people_batch(people: People, indices: np.ndarray, rng: np.random.Generator, background, amount: float = 1.0):
+    """Augmented pictures [B, S, S, 3] and masks [B, S, S] with a background from `background(image, rng)`."""
+    images, masks = [], []
+    for i in indices:
+        image, mask = people.images[i], people.masks[i].astype(np.float32) / 255
+        image, mask = misalign([photograph(image, rng), mask], rng, amount)
+        images.append(background(image, mask, rng))
+        masks.append(mask)
+    return np.stack(images), np.stack(masks)
+
+
+def white_background(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture as `enroll` shows it to the encoder: background painted white, with an imperfect mask."""
+    if rng.random() < 0.5:
+        mask = np.clip(mask + rng.normal(0, 0.1), 0, 1) * (mask > 0.02)
+    return composite(image, mask, np.full_like(image, 255))
+
+
+def any_background(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    if rng.random() < 0.5:
+        return image
+    return composite(image, mask, paint_background(str(rng.choice([*COLOURS, *SCENES])), len(image), rng))
+
+
+class EncoderLoss:
+    """Mean squared error of w_plus in units of a code's standard deviation, at every W+ level.
+
+    Levels share one exact code in this data, so the offsets of levels >= 1 are also driven to zero.
+    """
+
+    def __init__(self, model: nn.Module, people: People, batch_size: int, device: str = "cpu"):
+        self.model, self.people, self.batch_size, self.device = model, people, batch_size, device
+        self.std = float((people.w - people.mean).std())
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        indices = rng.integers(len(self.people), size=self.batch_size)
+        images, _ = _people_batch(self.people, indices, rng, white_background)
+        target = torch.from_numpy(self.people.w[indices]).to(self.device)[:, None]
+        error = (self.model(to_tensor(images).to(self.device)).float() - target) / self.std
+        loss = error.square().mean()
+        return loss, {}
+
+
+@torch.no_grad()
+def encoder_scores(model: nn.Module, people: People) -> dict[str, float]:
+    """Held-out error: share of code variance not explained, and cosine of centred codes."""
+    white = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images, people.masks)]
+    w = torch.cat([model(to_tensor(np.stack(white[i:i + 50]))).mean(1) for i in range(0, len(white), 50)]).numpy()
+    got, want = w - people.mean, people.w - people.mean
+    cosine = (got * want).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(want, axis=1)
+    return {"unexplained": float(((got - want) ** 2).mean() / (want ** 2).mean()), "cosine": float(cosine.mean())}
+
+
+class MattingLoss:
+    """Binary cross-entropy and L1 on alpha, on original and replaced backgrounds."""
+
+    def __init__(self, model: nn.Module, people: People, batch_size: int, device: str = "cpu"):
+        self.model, self.people, self.batch_size, self.device = model, people, batch_size, device
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        indices = rng.integers(len(self.people), size=self.batch_size)
+        images, masks = _people_batch(self.people, indices, rng, any_background, amount=2.0)
+        flip = rng.random() < 0.5
+        images, masks = (images[:, :, ::-1], masks[:, :, ::-1]) if flip else (images, masks)
+        target = torch.from_numpy(np.ascontiguousarray(masks)).to(self.device)[:, None]
+        alpha = self.model(to_tensor(images).to(self.device)).float().clamp(1e-4, 1 - 1e-4)
+        l1 = (alpha - target).abs().mean()
+        cross_entropy = -(target * alpha.log() + (1 - target) * (1 - alpha).log()).mean()
+        return cross_entropy + l1, {"l1": l1.detach()}
