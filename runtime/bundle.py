@@ -1,0 +1,267 @@
+"""Bundles: a directory with everything that one model needs at run time. This module owns the format.
+
+    BUNDLE/manifest.json            schema version, graphs, sizes, sha256 and size of every other file (manifest.py)
+           unet.onnx, ...           graphs without weights; external data points into weights/
+           weights/*.safetensors    the weights under their PyTorch names, stored once
+           tokenizer/, config/      text files of the tokenizer and the PyTorch configurations
+           schedule.json            noise schedule; directions.safetensors: edit directions [L,512], one per name
+
+Reading: the tree is compared with the manifest and every file is hashed before any parser or engine sees it.
+Writing: into a temporary directory beside the target, renamed when whole.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .errors import BundleError
+from .files import reason, umask
+from .manifest import (
+    MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, SCHEMA_VERSION, FileSpec, GraphSpec, IdentitySpec, Manifest, ModelSpec,
+    TensorSpec, UNetSpec, check_path, parse_json, to_plain,
+)
+
+__all__ = ["Bundle", "BundleError", "BundleWriter", "FileSpec", "GraphSpec", "IdentitySpec", "Manifest", "ModelSpec",
+           "TensorSpec", "UNetSpec", "SCHEMA_VERSION", "shipped_bundle", "sha256_file"]
+
+MAX_JSON_BYTES = 64 << 20
+MAX_DIRECTIONS_BYTES = 64 << 20
+
+
+def shipped_bundle():
+    """Return the path of the `mini` bundle that comes with PIDiff.
+
+    This file is pidiff/runtime/bundle.py in an installed package and runtime/bundle.py in a checkout; models/ lies
+    beside the runtime folder in both.
+    """
+    return Path(__file__).resolve().parent.parent / "models" / "mini"
+
+
+class Bundle:
+    """An open bundle: `path`, `manifest`, and checked access to its files. Make one with `Bundle.open`."""
+
+    def __init__(self, path, manifest):
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path=None, verify=True):
+        """Open the bundle at `path` (None: the shipped `mini`) and check it.
+
+        `verify=False` skips the hashes, not the comparison of names and sizes: for a caller that has just hashed the
+        same bundle. Raises BundleError in one sentence for anything wrong.
+        """
+        path = shipped_bundle() if path is None else Path(path)
+        try:
+            manifest = Manifest.from_json(_read_limited(path / MANIFEST, MAX_MANIFEST_BYTES))
+            _check_tree(path, manifest.files)
+            if verify:
+                _check_hashes(path, manifest.files)
+        except BundleError as e:
+            raise BundleError(f"bundle {path} cannot be used: {e}") from e
+        except OSError as e:
+            raise BundleError(_describe_missing(path, e)) from e
+        return cls(path, manifest)
+
+    def file(self, relative):
+        """Return the path of a file that the manifest lists; BundleError if it does not."""
+        if relative not in self.manifest.files:
+            raise BundleError(f"bundle {self.path} must hold {relative}, got a bundle without it")
+        return self.path / relative
+
+    def graph(self, name):
+        """Return the GraphSpec of a graph; BundleError if the bundle has none of that name."""
+        if name not in self.manifest.graphs:
+            raise BundleError(f"bundle {self.path} must hold the graph {name} for this, got a bundle without it")
+        return self.manifest.graphs[name]
+
+    def json(self, relative):
+        """Return the content of a JSON file of the bundle."""
+        return parse_json(_read_limited(self.file(relative), MAX_JSON_BYTES), relative)
+
+    def directions(self):
+        """Return the edit directions, name -> [L, w_plus_dim] float32 (one step = one standard deviation)."""
+        name = "directions.safetensors"
+        if name not in self.manifest.files:
+            return {}
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        model = self.manifest.model
+        try:
+            tensors = load(_read_limited(self.file(name), MAX_DIRECTIONS_BYTES))
+        except SafetensorError as e:
+            raise BundleError(f"{name} must be a safetensors file, got: {e}") from e
+        for key, value in tensors.items():
+            if value.shape != (model.w_plus_layers, model.w_plus_dim) or value.dtype != "float32":
+                raise BundleError(f"{name} {key} must be [{model.w_plus_layers}, {model.w_plus_dim}] float32, "
+                                  f"got {list(value.shape)} {value.dtype}")
+        return tensors
+
+    def encoder_id(self):
+        """Return a digest that names the W+ encoder: two bundles of one checkpoint share it, whatever their precision."""
+        files = {k: v.sha256 for k, v in self.manifest.files.items()}
+        parts = next(filter(None, ([v for k, v in sorted(digests.items()) if "w_plus_encoder" in k]
+                                   for digests in (self.manifest.sources, files))), [])
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+class BundleWriter:
+    """Write a bundle whole or not at all.
+
+        with BundleWriter(out) as writer:
+            ...                                  write files under writer.path
+            writer.commit(name="mini", family="sd1", ...)
+
+    `out` must not exist or be an empty directory. Whatever leaves the block without a commit, Ctrl-C and a full disk
+    included, removes every file again. A full disk is reported as BundleError.
+    """
+
+    def __init__(self, out):
+        self.out = Path(os.path.abspath(out))
+        self.path = None
+
+    def __enter__(self):
+        out = self.out
+        if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+            raise BundleError(f"out must be a new or empty directory, got {out}")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        except OSError as e:
+            raise BundleError(f"out must be in a folder that can be written to, got {out}: {reason(e)}") from e
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path = None
+        if error is not None and _is_disk_full(error):
+            raise BundleError(f"out must be on a disk with enough room, got a full disk writing {self.out}") from error
+
+    def commit(self, **fields):
+        """Hash all files, write the manifest, flush everything and rename the directory to `out`.
+
+        `fields` are the manifest's but `files` and `schema_version`, as dataclasses or plain JSON values. Returns the
+        Manifest. The fields are checked by the reader's own parser.
+        """
+        files = {}
+        for relative in sorted(_list_files(self.path)):
+            check_path(relative)
+            path = self.path / relative
+            files[relative] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+            _fsync(path)
+        draft = {"scheduler": {}, "sources": {}, "licences": {}, "tools": {}, "parity": {}, **fields}
+        manifest = Manifest.from_dict(to_plain({**draft, "files": files, "schema_version": SCHEMA_VERSION}))
+        target = self.path / MANIFEST
+        target.write_text(json.dumps(manifest.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if target.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"manifest.json must be at most {MAX_MANIFEST_BYTES} bytes, got {target.stat().st_size}")
+        _fsync(target)
+        os.chmod(self.path, 0o777 & ~umask())  # mkdtemp makes private directories
+        try:
+            os.rename(self.path, self.out)
+        except OSError as e:
+            if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise BundleError(f"out must be a new or empty directory, got {self.out}") from e
+            raise
+        self.path = None
+        _fsync(self.out.parent)
+        return manifest
+
+
+def sha256_file(path):
+    """Return the sha256 of a file as hex digits, reading it in pieces."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def _read_limited(path, limit):
+    """Read a regular file of at most `limit` bytes; never follows a link at the last step."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise BundleError(f"{path.name} must be a regular file, got something else")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BundleError(f"{path.name} must be at most {limit} bytes, got more")
+    return data
+
+
+def _list_files(root):
+    """Return the relative paths of all files under `root`; links and special files are errors."""
+    found, pending = [], [""]
+    while pending:
+        folder = pending.pop()
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(relative)
+                elif entry.is_file(follow_symlinks=False):
+                    found.append(relative)
+                else:
+                    raise BundleError(f"{relative} must be a regular file, got a link or a special file")
+        if len(found) + len(pending) > 2 * MAX_FILES:
+            raise BundleError(f"a bundle must hold at most {MAX_FILES} files, got more")
+    return found
+
+
+def _check_tree(root, files):
+    """Compare names and sizes on disk with the manifest, before anything is read."""
+    found = set(_list_files(root)) - {MANIFEST}
+    for relative in sorted(set(files) - found):
+        raise BundleError(f"{relative} must be present, got a bundle without it")
+    for relative in sorted(found - set(files)):
+        raise BundleError(f"files must be listed in manifest.json, got the unlisted {relative}")
+    for relative, spec in files.items():
+        size = (root / relative).stat().st_size
+        if size != spec.size:
+            raise BundleError(f"{relative} must have {spec.size} bytes, got {size}")
+
+
+def _check_hashes(root, files):
+    """Hash every file, largest first, on as many threads as there are cores up to four (hashing frees the GIL)."""
+    order = sorted(files, key=lambda p: -files[p].size)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for relative, digest in zip(order, pool.map(lambda p: sha256_file(root / p), order)):
+            if digest != files[relative].sha256:
+                raise BundleError(f"{relative} must have the sha256 {files[relative].sha256[:16]}..., got {digest[:16]}...: "
+                                  "the file was damaged or changed")
+
+
+def _describe_missing(path, error):
+    if not path.exists():
+        return f"bundle must be a directory made by pidiff-export, got {path}, which does not exist"
+    if not path.is_dir():
+        return f"bundle must be a directory made by pidiff-export, got the file {path}"
+    if isinstance(error, FileNotFoundError):
+        return f"bundle must be a directory made by pidiff-export, got {path} without a manifest.json"
+    return f"bundle {path} must be readable, got: {reason(error)}"
+
+
+def _is_disk_full(error):
+    """Tell whether an exception means that no room was left; other libraries hide the errno in their text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    text = str(error)
+    return isinstance(error, Exception) and ("os error 28" in text or "No space left on device" in text)
+
+
+def _fsync(path):
+    """Flush a file or directory to disk; some file systems cannot flush directories, which is not an error."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if os.path.isdir(path) else contextlib.nullcontext():
+            os.fsync(handle)
+    finally:
+        os.close(handle)

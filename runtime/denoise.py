@@ -1,0 +1,83 @@
+"""The UNet's side of the step loop: buffers bound once, and what changes from step to step written into them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import Cancelled, PidiffError
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A schedule and what the model makes of its timesteps: `schedule` (core), `time_table` [steps, sum(Ct)]."""
+
+    schedule: object
+    time_table: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """All inputs of the UNet that do not depend on the step, for M rows ([unconditional..., conditional...]).
+
+    text_kv [M,T,2 sum(C)], id_fold [M,P,F], id_mask [M,P,h,w]; id_scale and the first step at which it applies.
+    """
+
+    text_kv: np.ndarray
+    id_fold: np.ndarray
+    id_mask: np.ndarray
+    id_scale: float
+    first_identity_step: int
+
+
+class Denoiser:
+    """Runs the core's loop over one UNet engine."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self._specs = {s.name: s for s in (*engine.inputs(), *engine.outputs())}
+
+    def run(self, plan, latents, seeds, guidance_scale, conditions, on_step=None):
+        """Denoise latents [B,c,h,w] (noise times init_noise_sigma) in place.
+
+        on_step(step, latents, denoised) -> True to stop. Returns the identity map [B,P,h,w] float32 averaged over the
+        steps with identity, or None. Raises Cancelled, and PidiffError where the numbers overflow.
+        """
+        from pidiff import _C
+
+        buffers = self._bind(conditions, plan, latents.shape[1:])
+        batch, total, count = len(latents), None, 0
+
+        def call_engine(step):
+            nonlocal total, count
+            active = step >= conditions.first_identity_step and conditions.id_scale > 0
+            buffers["time_row"][0] = plan.time_table[step]
+            buffers["id_scale"][:] = conditions.id_scale if active else 0.0
+            self._engine.run()
+            if active and "identity_map" in buffers:
+                now = buffers["identity_map"][-batch:].astype(np.float32)
+                total, count = now if total is None else total + now, count + 1
+
+        try:
+            _C.sample(plan.schedule, latents, seeds, guidance_scale, buffers["latents"], buffers["model_output"],
+                      call_engine, on_step)
+        except _C.Cancelled as e:
+            raise Cancelled("the callback asked to stop") from e
+        except RuntimeError as e:
+            raise PidiffError(f"{e}: the model's weights or the inputs are damaged, or overflow in half precision") from e
+        return None if total is None else total / count
+
+    def _bind(self, conditions, plan, latent_shape):
+        """Allocate and bind one array per tensor of the UNet, filled with what stays the same."""
+        rows, people = conditions.id_fold.shape[:2]
+        shapes = {
+            "latents": (rows, *latent_shape), "model_output": (rows, *latent_shape), "id_scale": (rows,),
+            "time_row": (1, plan.time_table.shape[1]), "identity_map": (rows, people, *latent_shape[1:]),
+        }
+        buffers = {}
+        for name, spec in self._specs.items():
+            if name in shapes:
+                buffers[name] = np.zeros(shapes[name], spec.dtype)
+            else:
+                buffers[name] = np.ascontiguousarray(getattr(conditions, name), spec.dtype)
+        self._engine.bind(buffers, constant=("text_kv", "id_fold", "id_mask"))
+        return buffers

@@ -1,0 +1,100 @@
+"""ONNX Runtime engine: CPU everywhere, CUDA where onnxruntime-gpu and a device are present."""
+
+from pathlib import Path
+
+from ..errors import EngineError
+from . import check_tensors
+
+
+def custom_op_library():
+    """Return the path of the library with the `pidiff` ONNX nodes, installed beside the compiled core."""
+    from pidiff import _C
+
+    path = Path(_C.__file__).parent / "lib" / "libpidiff_ort.so"
+    if not path.is_file():
+        raise EngineError(f"the custom-op library must be installed with pidiff, got no {path}: install pidiff again, "
+                          "or export the bundle with --attention standard")
+    return path
+
+
+class OnnxRuntimeEngine:
+    """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.Engine)."""
+
+    def __init__(self, path, spec, device="cpu", threads=None, fused=False):
+        import onnxruntime as ort
+
+        ort.disable_telemetry_events()
+        self._ort, self._spec, self._device = ort, spec, device
+        self._bound, self._device_values = {}, {}
+        providers, options = _providers(ort, device), _options(ort, threads, fused)
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as e:  # ONNX Runtime raises a dozen unrelated types
+            raise EngineError(f"{Path(path).name} must load in ONNX Runtime {ort.__version__}, got: {_first_line(e)}") from e
+        have = {v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())}
+        want = {t.name for t in (*spec.inputs, *spec.outputs)}
+        if have != want:
+            raise EngineError(f"{Path(path).name} must have the tensors of its manifest, got {sorted(have ^ want)} in one only")
+        self._binding = self._session.io_binding()
+
+    def inputs(self):
+        return self._spec.inputs
+
+    def outputs(self):
+        return self._spec.outputs
+
+    def bind(self, tensors, constant=()):
+        bound = {**self._bound, **tensors}
+        check_tensors((*self._spec.inputs, *self._spec.outputs), bound)
+        missing = [t.name for t in (*self._spec.inputs, *self._spec.outputs) if t.name not in bound]
+        if missing:
+            raise EngineError(f"tensors must include {', '.join(missing)}, got {sorted(bound)}")
+        names = {t.name for t in self._spec.inputs}
+        for name, array in tensors.items():
+            on_device = self._device != "cpu"
+            value = self._ort.OrtValue.ortvalue_from_numpy(array, *((self._device, 0) if on_device else ()))
+            bind = self._binding.bind_ortvalue_input if name in names else self._binding.bind_ortvalue_output
+            bind(name, value)
+            if on_device and name not in constant:
+                self._device_values[name] = (name in names, value)
+        self._bound = bound  # keeps the arrays alive: on the CPU the session reads and writes their memory
+
+    def run(self, stream=None):
+        for name, (is_input, value) in self._device_values.items():
+            if is_input:
+                value.update_inplace(self._bound[name])
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as e:
+            raise EngineError(f"{self._spec.file} must run in ONNX Runtime, got: {_first_line(e)}") from e
+        for name, (is_input, value) in self._device_values.items():
+            if not is_input:
+                self._bound[name][...] = value.numpy()
+
+
+def _options(ort, threads, fused):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    # Several sessions live in one process: idle pools must not spin while another graph runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if fused:
+        options.register_custom_ops_library(str(custom_op_library()))
+    return options
+
+
+def _providers(ort, device):
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    if device != "cuda":
+        raise EngineError(f"device must be cpu or cuda with onnxruntime, got {device!r}")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise EngineError("device must be cpu with this ONNX Runtime, got 'cuda': it needs onnxruntime-gpu, "
+                          "and this one has only " + ", ".join(ort.get_available_providers()))
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,0 +1,78 @@
+"""Writing files so that a failure leaves either the old file or the new one, never half of one."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from .errors import PidiffError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than the limit set for this process",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOENT: "the folder does not exist",
+    errno.ENOTDIR: "part of the path is not a folder",
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def reason(error):
+    """Say in a few words why an OSError happened."""
+    return _REASONS.get(error.errno, (error.strerror or str(error)).lower())
+
+
+def write_atomic(path, data, error=PidiffError):
+    """Write bytes to `path` whole or not at all; see `write_all`."""
+    write_all({path: data}, error)
+
+
+def write_all(files, error=PidiffError):
+    """Write a dict path -> bytes through temporary files beside the targets, flushed to disk and then renamed.
+
+    Raises `error` in one sentence when a file cannot be written. Whatever interrupts it before the renames, Ctrl-C
+    included, the temporary files are removed and older files of those names stay as they were.
+    """
+    pending = {}
+    try:
+        for path, data in files.items():
+            path = Path(path)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+            pending[name] = path
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~umask())
+        for name, path in pending.items():
+            os.replace(name, path)
+    except BaseException as e:
+        for name in pending:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        if isinstance(e, OSError):
+            raise error(f"{path} must be writable, got: {reason(e)}") from e
+        raise
+
+
+def check_writable(path, error=PidiffError):
+    """Raise `error` now if `path` could not be created later, so that no minute of work is lost to a wrong folder."""
+    path = Path(path)
+    if path.is_dir():
+        raise error(f"{path} must be a file to write, got a folder")
+    if not path.parent.is_dir():
+        raise error(f"{path} must be in a folder that exists, got {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise error(f"{path} must be in a folder that can be written to, got {path.parent}")
+
+
+def umask():
+    """Read the process's umask (mkstemp files are private; the result should have the usual permissions)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,102 @@
+"""An enrolled person: a W+ code, optionally the aligned face it came from, in a small safetensors file."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .errors import IdentityError, require
+from .files import reason, write_atomic
+
+FORMAT, VERSION = "pidiff-identity", "1"
+MAX_BYTES = 8 << 20
+MAX_ABS = 1e4  # W+ codes have entries of a few units; more is a damaged file
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """One person. w_plus: float32 [L, 512]. face: RGB uint8 [E, E, 3] or None. encoder: digest of the W+ encoder."""
+
+    w_plus: np.ndarray
+    face: np.ndarray | None = None
+    encoder: str = ""
+
+    def __post_init__(self):
+        w = self.w_plus
+        ok = isinstance(w, np.ndarray) and w.ndim == 2 and w.dtype == np.float32 and 0 < w.shape[0] <= 64 and w.shape[1] == 512
+        require(ok, "w_plus", "be a float32 array [L, 512]", _describe(w), IdentityError)
+        require(np.isfinite(w).all() and np.abs(w).max() < MAX_ABS, "w_plus", f"be finite and below {MAX_ABS:g}",
+                "values that are not", IdentityError)
+        f = self.face
+        ok = f is None or (isinstance(f, np.ndarray) and f.dtype == np.uint8 and f.ndim == 3 and f.shape[2] == 3
+                           and 0 < f.shape[0] == f.shape[1] <= 1024)
+        require(ok, "face", "be a uint8 array [E, E, 3]", _describe(f), IdentityError)
+
+    def save(self, path):
+        """Write the identity to a safetensors file, whole or not at all."""
+        write_atomic(path, self.to_bytes(), IdentityError)
+
+    def to_bytes(self):
+        """Return what `save` writes."""
+        from safetensors.numpy import save
+
+        tensors = {"w_plus": np.ascontiguousarray(self.w_plus)}
+        if self.face is not None:
+            tensors["face"] = np.ascontiguousarray(self.face)
+        return save(tensors, {"format": FORMAT, "version": VERSION, "encoder": self.encoder})
+
+    @classmethod
+    def load(cls, path):
+        """Read an identity that `save` wrote; IdentityError says in one sentence what is wrong with another file."""
+        path = Path(path)
+        try:
+            require(path.is_file(), "identity", "be a file written by pidiff-enroll", path, IdentityError)
+            require(path.stat().st_size <= MAX_BYTES, "identity", f"be at most {MAX_BYTES >> 20} MiB",
+                    f"{path.stat().st_size} bytes in {path}", IdentityError)
+            tensors, notes = _read(path)
+        except OSError as e:
+            raise IdentityError(f"identity must be readable, got {path}: {reason(e)}") from e
+        require(notes.get("format") == FORMAT and notes.get("version") == VERSION, "identity",
+                "be a file written by this version of pidiff-enroll", path, IdentityError)
+        require("w_plus" in tensors and set(tensors) <= {"w_plus", "face"}, "identity",
+                "hold w_plus and at most a face", f"{sorted(tensors)} in {path}", IdentityError)
+        try:
+            return cls(tensors["w_plus"], tensors.get("face"), notes.get("encoder", ""))
+        except IdentityError as e:
+            raise IdentityError(f"identity {path} cannot be used: {e}") from e
+
+    def edit(self, name, strength, directions):
+        """Return the identity moved by `strength` steps along directions[name] ([L,512], a step = one standard deviation)."""
+        require(name in directions, "edit", f"be one of {', '.join(sorted(directions)) or '(the bundle has none)'}",
+                repr(name), IdentityError)
+        require(np.isfinite(strength) and abs(strength) <= 20, f"edit {name}", "be a strength in [-20, 20]", strength,
+                IdentityError)
+        return replace(self, w_plus=(self.w_plus + np.float32(strength) * directions[name]).astype(np.float32))
+
+    def mix(self, other, layers, amount=1.0):
+        """Return the identity with the W+ layers listed in `layers` moved towards `other` (amount 1: taken from it)."""
+        require(self.w_plus.shape == other.w_plus.shape, "other", f"have {len(self.w_plus)} W+ layers", len(other.w_plus),
+                IdentityError)
+        layers = sorted({int(i) for i in layers})
+        require(all(0 <= i < len(self.w_plus) for i in layers), "layers", f"lie in [0, {len(self.w_plus)})", layers, IdentityError)
+        require(0 <= amount <= 1, "amount", "lie in [0, 1]", amount, IdentityError)
+        w_plus = self.w_plus.copy()
+        w_plus[layers] += np.float32(amount) * (other.w_plus[layers] - w_plus[layers])
+        return replace(self, w_plus=w_plus)
+
+
+def _read(path):
+    """Return (name -> array, metadata) of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}
+            require(len(shapes) <= 2, "identity", "hold at most two tensors", f"{len(shapes)} in {path}", IdentityError)
+            return {k: file.get_tensor(k) for k in shapes}, file.metadata() or {}
+    except (SafetensorError, TypeError) as e:  # TypeError: a dtype that numpy does not have
+        raise IdentityError(f"identity must be a safetensors file written by pidiff-enroll, got {path}: {e}") from e
+
+
+def _describe(value):
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__

@@ -1,0 +1,261 @@
+"""The pipeline: a photo and a prompt in, pictures out, from one bundle and one engine."""
+
+import contextlib
+import hashlib
+import time
+import warnings
+from collections import OrderedDict
+
+import numpy as np
+
+from .bundle import Bundle
+from .denoise import Conditions, Denoiser, Plan
+from .engines import call, load_engine
+from .errors import PidiffError, require
+from .faces import FaceReader, to_image, to_planes
+from .identity import Identity
+from .options import Options, resolve_mask, resolve_people, resolve_seeds
+from .result import Result
+from .schedule import make_schedule
+from .text import TextTokenizer
+
+LEVELS = ("coarse", "middle", "fine", "finest")
+
+
+class Pipeline:
+    """Make one with `Pipeline.from_bundle`. Graphs load when they are first used; not for use by two threads at once.
+
+    Attributes: bundle, engine (its name), device, seconds (stage -> wall time since the last `generate` began).
+    """
+
+    def __init__(self, bundle, engine="onnxruntime", device="cpu", threads=None):
+        require(threads is None or (type(threads) is int and 1 <= threads <= 1024), "threads",
+                "be an integer in [1, 1024] or None", repr(threads))
+        self.bundle, self.engine, self.device, self.threads = bundle, engine, device, threads
+        self.seconds = {}
+        self._engine_class = load_engine(engine)
+        self._engines, self._kept = {}, _Recent(16)
+        self._schedule_config = bundle.json("schedule.json")
+
+    @classmethod
+    def from_bundle(cls, path=None, engine="onnxruntime", device="cpu", threads=None, verify=True):
+        """Open a bundle (None: the shipped `mini`) for an engine and a device.
+
+        threads: cores to use, None for all. verify=False skips the hashes. Raises BundleError, EngineError.
+        """
+        return cls(Bundle.open(path, verify), engine, device, threads)
+
+    @property
+    def directions(self):
+        """Edit directions of the bundle: name -> [L,512] float32, one step = one standard deviation."""
+        return self._kept.get("directions", self.bundle.directions)
+
+    def enroll(self, photo, select="only"):
+        """Return the Identity of the person in a photo: a PNG, JPEG or WebP path, or an RGB uint8 array [H,W,3].
+
+        select: "only" refuses several faces, "largest" takes the largest. Raises FaceError in one sentence.
+        """
+        with self._stage("enroll"):
+            reader = FaceReader(self._graph, self.bundle.manifest.model.face_size,
+                                matting="face_matting" in self.bundle.manifest.graphs)
+            face = reader.read(photo, select)
+            w_plus = call(self._graph("w_plus_encoder"), {"face": to_planes(face)})["w_plus"][0].astype(np.float32)
+            return Identity(w_plus, face, self.bundle.encoder_id())
+
+    def edit(self, identity, **steps):
+        """Return the identity moved along named directions: `edit(person, smile=1.5)`, in standard deviations."""
+        for name, strength in steps.items():
+            identity = identity.edit(name, strength, self.directions)
+        return identity
+
+    def mix(self, identity, other, levels, amount=1.0):
+        """Return `identity` with W+ levels ("coarse", "middle", "fine", "finest") moved towards `other`."""
+        groups, layers = self.bundle.json("config/adapter.json").get("groups"), []
+        for level in [levels] if isinstance(levels, str) else levels:
+            require(level in LEVELS, "levels", f"be among {', '.join(LEVELS)}", repr(level))
+            start = sum(groups[:LEVELS.index(level)])
+            layers += range(start, start + groups[LEVELS.index(level)])
+        return identity.mix(other, layers, amount)
+
+    def prepare(self, prompt, argument="prompt"):
+        """Return text_kv [1,T,2 sum(C)] for a prompt: keys and values of all layers, kept for the next call."""
+        def make():
+            tokenizer = self._kept.get("tokenizer", lambda: TextTokenizer(self.bundle))
+            ids = tokenizer.encode(prompt, argument)
+            embeds = call(self._graph("text_encoder"), {"input_ids": ids})["prompt_embeds"]
+            return call(self._graph("text_conditioner"), {"prompt_embeds": embeds})["text_kv"]
+
+        return self._kept.get(("prompt", prompt), make)
+
+    def plan(self, num_inference_steps=None, scheduler=None):
+        """Return the Plan (schedule and time table) for a number of steps and a solver, kept for the next call."""
+        defaults = self.bundle.manifest.scheduler
+        steps, solver = _first(num_inference_steps, defaults.get("num_inference_steps"), 20), _solver(scheduler, defaults)
+
+        def make():
+            schedule = make_schedule(self._schedule_config, solver, steps, defaults.get("use_karras_sigmas"))
+            table = call(self._graph("time_conditioner"), {"timesteps": np.asarray(schedule.timesteps)})["time_table"]
+            return Plan(schedule, table)
+
+        return self._kept.get(("plan", steps, solver), make)
+
+    def fold(self, identity=None, level_scale=(1.0, 1.0, 1.0, 1.0)):
+        """Return id_fold [1,F] of an Identity, level scales included; None stands for the unconditional identity."""
+        model = self.bundle.manifest.model
+        w_plus = np.zeros((model.w_plus_layers, model.w_plus_dim), np.float32) if identity is None else identity.w_plus
+        key = ("fold", hashlib.sha256(np.ascontiguousarray(w_plus)).digest(), tuple(level_scale))
+        inputs = {"w_plus": w_plus[None], "level_scale": np.array([level_scale], np.float32)}
+        return self._kept.get(key, lambda: call(self._graph("id_conditioner"), inputs)["id_fold"])
+
+    def generate(self, identity, prompt, negative_prompt="", *, num_inference_steps=None, guidance_scale=None, id_scale=1.0,
+                 id_start=0.0, level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None, seed=None, num_images=None, scheduler=None,
+                 edits=None, callback=None, progress=False, batch_size=4):
+        """Make pictures of a person and return a Result.
+
+        identity: an Identity, a list of them (then with `id_mask`), or None for nobody.
+        num_inference_steps, guidance_scale (1 = off), scheduler: None takes the bundle's own (else 20, 3.0, dpmpp_2m).
+        id_scale: strength of the identity; 0 is the base model. id_start: part of the steps, from the start, without it.
+        level_scale: strength of the W+ levels coarse, middle, fine, finest. edits: direction -> standard deviations.
+        id_mask: where each person may appear: boxes (x0, y0, x1, y1) in fractions or arrays [P,H,W] in [0,1].
+        seed: one number (image i gets seed + i), a list with one per image, or None. The picture of a seed does not
+        depend on num_images and batch_size (images denoised at once).
+        callback(step, total, preview) after every step, 1 <= step <= total; True stops with Cancelled; preview() returns
+        the pictures so far, uint8 [B,H,W,3]. progress: show a bar.
+        """
+        self.seconds, begun = {}, time.perf_counter()
+        model, defaults = self.bundle.manifest.model, self.bundle.manifest.scheduler
+        options = Options(
+            _first(num_inference_steps, defaults.get("num_inference_steps"), 20),
+            _first(guidance_scale, defaults.get("guidance_scale"), 3.0), id_scale, id_start,
+            tuple(level_scale) if isinstance(level_scale, (list, tuple, np.ndarray)) else level_scale,
+            _solver(scheduler, defaults), batch_size)
+        people = [self.edit(p, **(edits or {})) for p in resolve_people(identity, model.w_plus_layers)]
+        self._warn_foreign(people)
+        seeds = resolve_seeds(seed, num_images)
+        mask = resolve_mask(id_mask, len(people), *model.latent_shape[1:])
+        conditions = self._conditions(options, people, mask, prompt, negative_prompt)
+        with self._stage("plan"):
+            plan = self.plan(options.steps, options.scheduler)
+        images, maps = [], []
+        chunks = [seeds[i:i + options.batch_size] for i in range(0, len(seeds), options.batch_size)]
+        with _Progress(callback, progress, options.steps * len(chunks), self._decode) as watch:
+            for chunk in chunks:
+                latents, identity_map = self._denoise(plan, chunk, options, conditions, watch)
+                images += list(self._decode(latents))
+                maps.append(identity_map)
+        self.seconds["total"] = time.perf_counter() - begun
+        return Result(images, None if maps[0] is None else np.concatenate(maps), seeds, self.seconds, self.engine,
+                      self.device, options.scheduler, options.steps, float(options.guidance_scale))
+
+    def _conditions(self, options, people, mask, prompt, negative_prompt):
+        """Return a function: number of images -> Conditions with rows [unconditional..., conditional...]."""
+        with self._stage("text"):
+            text = [self.prepare(prompt)]
+            if options.guided:
+                text.insert(0, self.prepare(negative_prompt, "negative_prompt"))
+        with self._stage("identity"):
+            nobody = self.fold(None, options.level_scale)
+            known = np.concatenate([self.fold(p, options.level_scale) for p in people] or [nobody])
+            folds = [known] if not options.guided else [np.repeat(nobody, len(known), 0), known]
+        id_scale = float(options.id_scale) if people else 0.0
+
+        def rows(count):
+            return Conditions(
+                np.concatenate([np.repeat(t, count, 0) for t in text]), np.repeat(np.stack(folds), count, 0),
+                np.repeat(mask[None], count * len(folds), 0), id_scale, options.first_identity_step)
+
+        return rows
+
+    def _denoise(self, plan, seeds, options, conditions, watch):
+        """Denoise one batch from its seeds' noise: (latents [B,c,h,w], identity map or None)."""
+        from pidiff import _C
+
+        denoiser = Denoiser(self._graph("unet"))
+        with self._stage("denoise"):
+            latents = _C.randn(seeds, self.bundle.manifest.model.latent_shape)
+            latents *= np.float32(plan.schedule.init_noise_sigma)
+            identity_map = denoiser.run(plan, latents, seeds, float(options.guidance_scale), conditions(len(seeds)), watch.step)
+        return latents, identity_map
+
+    def _decode(self, latents):
+        """Decode latents [B,c,h,w] to RGB uint8 [B,H,W,3]."""
+        engine = self._graph("vae_decoder")
+        with self._stage("decode"):
+            planes = call(engine, {"latents": latents})["image"]
+            require(np.isfinite(planes).all(), "the VAE decoder", "give finite pictures", "NaN or infinity: its weights are "
+                    "damaged, or overflow in half precision")
+            return to_image(planes)
+
+    def _graph(self, name):
+        """Return the engine of a graph, loaded at the first use."""
+        if name not in self._engines:
+            with self._stage("load"):
+                spec, manifest = self.bundle.graph(name), self.bundle.manifest
+                self._engines[name] = self._engine_class(self.bundle.file(spec.file), spec, device=self.device,
+                                                         threads=self.threads, fused=manifest.attention == "fused")
+        return self._engines[name]
+
+    @contextlib.contextmanager
+    def _stage(self, name):
+        """Add the time spent inside to `seconds[name]`; time of stages inside (loading) counts for those only."""
+        start, inner = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start - (sum(self.seconds.values()) - inner)
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def _warn_foreign(self, people):
+        if any(p.encoder and p.encoder != self.bundle.encoder_id() for p in people):
+            warnings.warn("identity was enrolled with another W+ encoder than this bundle's; enroll the photo again if the "
+                          "likeness is poor", stacklevel=3)
+
+
+class _Recent:
+    """The last `size` results by key."""
+
+    def __init__(self, size):
+        self._size, self._items = size, OrderedDict()
+
+    def get(self, key, make):
+        if key not in self._items:
+            self._items[key] = make()
+        self._items.move_to_end(key)
+        while len(self._items) > self._size:
+            self._items.popitem(last=False)
+        return self._items[key]
+
+
+class _Progress:
+    """Counts steps over all batches, for the caller's callback and the bar."""
+
+    def __init__(self, callback, bar, total, decode):
+        if callback is not None and not callable(callback):
+            raise PidiffError(f"callback must be callable or None, got {type(callback).__name__}")
+        self._callback, self._total, self._done, self._decode, self._bar = callback, total, 0, decode, None
+        if bar:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="step", leave=False)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self, step, latents, denoised):
+        """The core's on_step."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        return bool(self._callback(self._done, self._total, lambda: self._decode(denoised))) if self._callback else False
+
+
+def _first(*values):
+    return next(v for v in values if v is not None)
+
+
+def _solver(scheduler, defaults):
+    return _first(scheduler, defaults.get("solver"), "dpmpp_2m")

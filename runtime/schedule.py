@@ -1,0 +1,48 @@
+"""Noise schedules: from the bundle's schedule.json (a diffusers scheduler_config.json) to the core's Schedule."""
+
+import numpy as np
+
+from .errors import BundleError, PidiffError, require
+
+SOLVERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm")
+# What schedule.json may say about sampling, handed to the core as it is.
+_PASSED = {"prediction_type": str, "timestep_spacing": str, "steps_offset": int, "use_karras_sigmas": bool,
+           "final_sigmas_type": str, "set_alpha_to_one": bool, "original_inference_steps": int, "timestep_scaling": float}
+
+
+def alphas_cumprod(config):
+    """Return the cumulative product of 1 - beta, float64 [num_train_timesteps], for a scheduler configuration."""
+    steps, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    numbers = type(steps) is int and 1 < steps <= 100_000 and all(type(b) is float and 0 < b < 1 for b in (start, end))
+    if not numbers or config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+        raise BundleError("schedule.json must describe betas by beta_schedule, beta_start, beta_end and "
+                          "num_train_timesteps only, got other or unusable values")
+    if kind == "linear":
+        betas = np.linspace(start, end, steps)
+    elif kind == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, steps) ** 2
+    elif kind == "squaredcos_cap_v2":
+        bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+    else:
+        raise BundleError(f"schedule.json beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, got {kind!r}")
+    return np.cumprod(1 - betas)
+
+
+def make_schedule(config, solver, num_inference_steps, use_karras_sigmas=None):
+    """Return the core's Schedule for a scheduler configuration, a solver name and a number of steps."""
+    from pidiff import _C
+
+    require(solver in SOLVERS, "scheduler", f"be one of {', '.join(SOLVERS)}", repr(solver))
+    require(isinstance(num_inference_steps, (int, np.integer)), "num_inference_steps", "be an integer", num_inference_steps)
+    options = {k: config[k] for k, kind in _PASSED.items() if config.get(k) is not None}
+    for key, value in options.items():
+        if type(value) is not _PASSED[key] and not (_PASSED[key] is float and type(value) is int):
+            raise BundleError(f"schedule.json {key} must be {_PASSED[key].__name__}, got {value!r}")
+    if use_karras_sigmas is not None:
+        options["use_karras_sigmas"] = use_karras_sigmas
+    try:
+        return _C.Schedule(solver, alphas_cumprod(config), num_inference_steps, **options)
+    except ValueError as e:
+        raise PidiffError(str(e)) from e
