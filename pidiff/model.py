@@ -17,7 +17,7 @@ from .w_plus_encoder import WPlusEncoder
 
 MINI_UNET = {
     "sample_size": 16, "in_channels": 16, "out_channels": 16, "layers_per_block": 1, "norm_num_groups": 32,
-    "block_out_channels": (128, 192, 192), "cross_attention_dim": 192, "attention_head_dim": 8,
+    "block_out_channels": (128, 192, 192), "cross_attention_dim": 192, "attention_head_dim": 4,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3,
 }
 MINI_TEXT = {
@@ -93,7 +93,7 @@ def _load_part(folder: Path, module: nn.Module) -> nn.Module:
     return load_strict(module, state, folder.name).eval()
 
 
-def _load_vae(folder: Path) -> nn.Module:
+def load_vae(folder: Path) -> nn.Module:
     config = _folder_config(folder)
     if "patch_size" in config:
         return _load_part(folder, PatchAutoencoder(from_dict(PatchAutoencoderConfig, config)))
@@ -133,7 +133,7 @@ def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Pat
                              WPlusEncoder(from_dict(WPlusEncoderConfig, _folder_config(folder / "w_plus_encoder"))))
     directions_file = folder / "directions.safetensors"
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return Model(unet, text_encoder, _load_vae(folder / "vae"), tokenizer, scheduler, encoder, adapter.eval(),
+    return Model(unet, text_encoder, load_vae(folder / "vae"), tokenizer, scheduler, encoder, adapter.eval(),
                  read_tensors(directions_file) if directions_file.is_file() else {})
 
 

@@ -7,16 +7,23 @@ prompt, for classifier-free guidance. Loss: v-prediction (Salimans and Ho 2022, 
 localisation loss on the identity map.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.factors import caption
+from ..checkpoint import save_weights
+from ..config import ADAPTER_MINI, save_config
+from ..data.factors import caption, composite
 from ..data.people import People, compose
 from ..identity import IdentityAdapter
+from ..model import MINI_SCHEDULER, MINI_TEXT, mini_text_encoder, mini_unet
+from ..tokenizer import build_tokenizer
+from ..unet import attach
 from .common import stratified_timesteps, to_tensor
 
 
@@ -105,3 +112,61 @@ class BaseLoss:
         real = id_scale * (w_plus.abs().sum((1, 2)) > 0)
         local = localisation_loss(condition.maps, masks, real)
         return diffusion + self.options.localisation * local, {"diffusion": diffusion.detach(), "localisation": local.detach()}
+
+
+def build_base(folder: Path, latent_avg: np.ndarray) -> tuple[BaseModel, object]:
+    """Fresh UNet, text encoder and adapter in `mini`'s configuration, and the tokenizer (written to the folder)."""
+    tokenizer = build_tokenizer(folder / "tokenizer", MINI_TEXT["max_position_embeddings"])
+    unet = mini_unet()
+    adapter = attach(unet, ADAPTER_MINI)
+    adapter.mapper.latent_avg.copy_(torch.from_numpy(latent_avg).expand_as(adapter.mapper.latent_avg))
+    return BaseModel(unet, mini_text_encoder(tokenizer), adapter), tokenizer
+
+
+def save_base(model: BaseModel, folder: Path) -> None:
+    """Write unet/, text_encoder/, adapter/ and scheduler/ of the model folder."""
+    model.unet.save_config(folder / "unet")
+    save_weights(model.unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    model.text_encoder.config.save_pretrained(folder / "text_encoder")
+    save_weights(model.text_encoder, folder / "text_encoder" / "model.safetensors")
+    save_weights(model.adapter, folder / "adapter" / "model.safetensors")
+    save_config(model.adapter.config, folder / "adapter" / "config.json")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(MINI_SCHEDULER, indent=2) + "\n")
+
+
+def training_alphas() -> Tensor:
+    """alphas_cumprod [1000] of `mini`'s schedule."""
+    betas = torch.linspace(MINI_SCHEDULER["beta_start"], MINI_SCHEDULER["beta_end"], MINI_SCHEDULER["num_train_timesteps"],
+                           dtype=torch.float64)
+    return torch.cumprod(1 - betas, 0).float()
+
+
+class AdapterLoss(BaseLoss):
+    """Only the identity branch learns, on codes with the encoder's own errors.
+
+    `bank` [N, L, 512] are the encoder's codes of the training pictures; `errors` [M, L, 512] are encoder minus exact
+    code on people it was not trained on, so that the branch meets the errors it will meet in use.
+    """
+
+    def __init__(self, *args, bank: np.ndarray, errors: np.ndarray, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bank, self.errors = bank, errors
+
+    def codes(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        w_plus, id_scale = super().codes(indices, rng)
+        w_plus = w_plus.clone()
+        for row, index in enumerate(indices):
+            if not w_plus[row].any():
+                continue
+            reference = rng.choice(self.variants[int(self.people.identity[index])])
+            code = self.bank[reference] + rng.random() * self.errors[rng.integers(len(self.errors))]
+            w_plus[row] = torch.from_numpy(code.astype(np.float32))
+        return w_plus, id_scale
+
+
+@torch.no_grad()
+def encoder_bank(encoder: nn.Module, people: People) -> np.ndarray:
+    """Codes [N, L, 512] of every picture, background painted white as in `enroll`."""
+    white = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images, people.masks)]
+    return torch.cat([encoder(to_tensor(np.stack(white[i:i + 50]))) for i in range(0, len(white), 50)]).numpy()

@@ -1,0 +1,144 @@
+"""pidiff-train: train the parts of a model into one model folder."""
+
+import argparse
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoint import CheckpointError, save_weights
+from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
+from ..data.people import People, load_people
+from ..model import load_model, load_vae
+from .common import TrainConfig, Trainer, to_tensor
+
+DESCRIPTION = """\
+Train one stage of a PIDiff model. All stages share one model folder:
+
+  pidiff-data synth --out DATA --people 2000          synthetic people with exact codes
+  pidiff-train vae     --data DATA --model MODEL      autoencoder                   -> MODEL/vae
+  pidiff-train encoder --data DATA --model MODEL      photo -> W+                   -> MODEL/w_plus_encoder
+  pidiff-train matting --data DATA --model MODEL      background removal            -> MODEL/face_matting
+  pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae)
+  pidiff-train adapter --data DATA --model MODEL      identity only, on the encoder's own codes
+  pidiff-export MODEL BUNDLE                          deployable bundle
+
+A stage that was stopped goes on from MODEL/.state/STAGE/state.pt."""
+
+PRESETS = {
+    "vae": TrainConfig(steps=8000, batch_size=48, learning_rate=1e-3, decay=0.6, ema_decay=0.99),
+    "encoder": TrainConfig(steps=20000, batch_size=32, learning_rate=1e-3, weight_decay=0.05, decay=0.6, ema_decay=0.998),
+    "matting": TrainConfig(steps=3000, batch_size=16, learning_rate=2e-3, decay=0.6, ema_decay=0.99),
+    "base": TrainConfig(steps=60000, batch_size=32, learning_rate=5e-4, decay=0.3, ema_decay=0.998),
+    "adapter": TrainConfig(steps=5000, batch_size=32, learning_rate=2e-4, decay=0.5, ema_decay=0.998),
+}
+
+
+def _trainer(args, model, export) -> Trainer:
+    return Trainer(model, copy.deepcopy(model), args.config, args.model / ".state" / args.stage, export)
+
+
+def train_vae(args, people: People) -> None:
+    from ..autoencoder import PatchAutoencoder
+    from .vae import VaeLoss, reconstruction_psnr
+    model = PatchAutoencoder()
+    model.init_from_patches(to_tensor(people.images[::max(1, len(people) // 1200)]))
+    model = model.to(args.config.device, memory_format=torch.channels_last)
+
+    def export(ema, _):
+        save_weights(ema, args.model / "vae" / "diffusion_pytorch_model.safetensors")
+        save_config(ema.config, args.model / "vae" / "config.json")
+
+    trainer = _trainer(args, model, export)
+    trainer.run(VaeLoss(model, people, args.config.batch_size, device=args.config.device))
+    held_out = load_people(args.data, 128, "validation", limit=96).images
+    print(f"held-out reconstruction: {reconstruction_psnr(trainer.ema.cpu(), held_out):.2f} dB")
+
+
+def train_encoder(args, people: People) -> None:
+    from ..w_plus_encoder import WPlusEncoder
+    from .face import EncoderLoss, encoder_scores
+    model = WPlusEncoder(W_PLUS_MINI)
+    model.latent_avg.copy_(torch.from_numpy(people.mean).expand_as(model.latent_avg))
+    model = model.to(args.config.device, memory_format=torch.channels_last)
+
+    def export(ema, _):
+        save_weights(ema, args.model / "w_plus_encoder" / "model.safetensors")
+        save_config(ema.config, args.model / "w_plus_encoder" / "config.json")
+
+    trainer = _trainer(args, model, export)
+    trainer.run(EncoderLoss(model, people, args.config.batch_size, args.config.device))
+    print("held-out", encoder_scores(trainer.ema.cpu().eval(), load_people(args.data, 128, "validation")))
+
+
+def train_matting(args, people: People) -> None:
+    from ..matting import FaceMatting
+    from .face import MattingLoss
+    model = FaceMatting().to(args.config.device, memory_format=torch.channels_last)
+    trainer = _trainer(args, model, lambda ema, _: save_weights(ema, args.model / "face_matting" / "model.safetensors"))
+    trainer.run(MattingLoss(model, people, args.config.batch_size, args.config.device))
+
+
+def train_base(args, people: People) -> None:
+    from .base import BaseLoss, build_base, save_base, training_alphas
+    vae = load_vae(args.model / "vae").to(args.config.device)
+    model, tokenizer = build_base(args.model, people.mean)
+    model = model.to(args.config.device, memory_format=torch.channels_last)
+    trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
+    trainer.run(BaseLoss(model, vae, tokenizer, people, training_alphas(), args.config.batch_size, device=args.config.device))
+
+
+def train_adapter(args, people: People) -> None:
+    from .base import AdapterLoss, BaseModel, encoder_bank, save_base, training_alphas
+    whole = load_model(args.model)
+    unseen = load_people(args.data, 128, "validation")
+    errors = encoder_bank(whole.w_plus_encoder, unseen) - unseen.w[:, None]
+    model = BaseModel(whole.unet, whole.text_encoder, whole.adapter).to(args.config.device, memory_format=torch.channels_last)
+    model.requires_grad_(False)
+    model.adapter.requires_grad_(True)
+    trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
+    trainer.run(AdapterLoss(model, whole.vae.to(args.config.device), whole.tokenizer, people, training_alphas(),
+                            args.config.batch_size, device=args.config.device,
+                            bank=encoder_bank(whole.w_plus_encoder, people), errors=errors))
+
+
+STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "base": train_base, "adapter": train_adapter}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("pidiff-train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--data", type=Path, required=True, help="folder written by pidiff-data")
+    parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
+    parser.add_argument("--people-limit", type=int, help="use only so many pictures (for trials)")
+    for f in dataclasses.fields(TrainConfig):
+        kind = float if f.name == "minutes" else type(f.default)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help=f"default: {f.default} or the stage's preset")
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
+    args.config = dataclasses.replace(PRESETS[args.stage], **given)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        people = load_people(args.data, 128, "train", args.people_limit)
+        if len(people) == 0:
+            raise ValueError(f"data must hold at least one picture of the training split, got none in {args.data}")
+        args.model.mkdir(parents=True, exist_ok=True)
+        STAGES[args.stage](args, people)
+    except (ValueError, CheckpointError, RuntimeError, OSError) as error:
+        print(f"pidiff-train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pidiff-train: stopped; run the same command to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
