@@ -76,6 +76,15 @@ class Model:
         return self.text_encoder(input_ids).last_hidden_state
 
 
+def shipped_mini() -> Path:
+    """Folder of the model that comes with the package (or lies in the source tree)."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "models" / "mini", here.parent / "models" / "mini"):
+        if folder.is_dir():
+            return folder
+    raise CheckpointError(f"model must be shipped with the package, got no models/mini beside {here}")
+
+
 def _folder_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():

@@ -1,0 +1,109 @@
+"""Synthetic people from the PyPI package `random-face` (MobileStyleGAN distilled from StyleGAN2-FFHQ).
+
+The package's OpenVINO IR files are read directly; its own code, made for an older OpenVINO, is not imported. Licence:
+package Apache-2.0, weights descend from FFHQ and NVIDIA's StyleGAN2, so pictures and what is trained on them are for
+non-commercial research.
+"""
+
+import csv
+import importlib.metadata
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..matting import FaceMatting
+from .people import DIRECTIONS
+
+COLUMNS = ("file", "identity", "variant", "psi", "pose", "smile", "age")
+PER_TAR = 1000
+
+
+class Generator:
+    """z [512] -> w [512] -> image uint8 [1024, 1024, 3] RGB."""
+
+    def __init__(self):
+        try:
+            import openvino
+            files = importlib.metadata.files("random-face")
+        except (ImportError, importlib.metadata.PackageNotFoundError) as error:
+            raise ValueError("random-face and openvino must be installed for synthetic people, got none; run "
+                             "`pip install 'pidiff-edge[openvino]'` and `pip install --no-deps random-face`") from error
+        data = {Path(str(f)).name: f.locate() for f in files if Path(str(f)).suffix in (".xml", ".bin")}
+        core = openvino.Core()
+        config = {"INFERENCE_PRECISION_HINT": "f32"}
+        mapping = core.read_model(data["MappingNetwork.xml"])
+        mapping.reshape([-1, 512])
+        self._mapping = core.compile_model(mapping, "CPU", config)
+        self._synthesis = core.compile_model(core.read_model(data["SynthesisNetwork.xml"]), "CPU", config)
+
+    def w(self, z: np.ndarray) -> np.ndarray:
+        """[N, 512] standard normal -> [N, 512]."""
+        return next(iter(self._mapping(z.astype(np.float32)).values())).reshape(-1, 512)
+
+    def image(self, w: np.ndarray) -> np.ndarray:
+        bgr = next(iter(self._synthesis(w.reshape(1, 512).astype(np.float32)).values()))[0]
+        return (np.clip(bgr.transpose(1, 2, 0)[..., ::-1] * 0.5 + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def rows_for(people: int, variants: int, rng: np.random.Generator) -> list[dict]:
+    """Manifest: variant 0 is the person as drawn, the others change pose, smile and age by known amounts."""
+    rows = []
+    for identity in range(people):
+        psi = round(float(rng.uniform(0.55, 0.85)), 4)
+        for variant in range(variants):
+            moves = rng.normal(0, (2.0, 1.2, 0.7)) if variant else np.zeros(3)
+            rows.append({"file": f"{identity:04d}_{variant}.jpg", "identity": identity, "variant": variant, "psi": psi,
+                         **{d: round(float(m), 3) for d, m in zip(DIRECTIONS, moves)}})
+    return rows
+
+
+@torch.no_grad()
+def mask_of(matting: FaceMatting, image: np.ndarray) -> np.ndarray:
+    """Foreground mask uint8 [128, 128] of an aligned face."""
+    face = cv2.resize(image, (128, 128), interpolation=cv2.INTER_AREA)
+    alpha = matting(torch.from_numpy(face).permute(2, 0, 1)[None].float() / 127.5 - 1)[0, 0]
+    return (alpha.numpy() * 255 + 0.5).astype(np.uint8)
+
+
+def synthesise(out: Path, people: int, variants: int, size: int, seed: int, matting: FaceMatting,
+               directions: dict[str, np.ndarray]) -> None:
+    """Write people in the layout of `people.py`. Goes on where an earlier run with the same arguments stopped."""
+    out.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    generator = Generator()
+    w = generator.w(rng.standard_normal((people, 512)))
+    mean = generator.w(rng.standard_normal((10_000, 512))).mean(0, keepdims=True)
+    rows = rows_for(people, variants, rng)
+    units = {d: directions[d] / np.linalg.norm(directions[d]) for d in DIRECTIONS}
+    bar = tqdm(total=len(rows), unit="picture", disable=None)
+    for number, start in enumerate(range(0, len(rows), PER_TAR)):
+        path, part = out / f"faces-{number:02d}.tar", rows[start:start + PER_TAR]
+        if not path.is_file():
+            temporary = path.with_suffix(".tmp")
+            with tarfile.open(temporary, "w") as tar:
+                for row in part:
+                    code = mean[0] + row["psi"] * (w[row["identity"]] - mean[0]) + sum(row[d] * units[d] for d in DIRECTIONS)
+                    image = cv2.resize(generator.image(code), (size, size), interpolation=cv2.INTER_AREA)
+                    _add(tar, row["file"], cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1])
+                    _add(tar, row["file"].replace(".jpg", ".mask.png"), cv2.imencode(".png", mask_of(matting, image))[1])
+                    bar.update()
+            os.replace(temporary, path)
+        else:
+            bar.update(len(part))
+    np.savez(out / "latents.npz", w=w, mean=mean, **{f"dir_{d}": v for d, v in units.items()})
+    with (out / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: np.ndarray) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = data.nbytes
+    tar.addfile(info, io.BytesIO(data.tobytes()))
