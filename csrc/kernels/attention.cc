@@ -1,0 +1,188 @@
+// Validation, choice of implementation, and the split of both primitives into tasks.
+#include "kernels/attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "kernels/attention_cpu.h"
+#include "kernels/half.h"
+
+#ifdef PIDIFF_HAS_CUDA
+#include "kernels/attention_cuda.h"
+#endif
+
+namespace pidiff {
+namespace {
+
+constexpr struct {
+  Implementation value;
+  const char* name;
+} names[] = {
+    {Implementation::automatic, "auto"}, {Implementation::reference, "reference"},
+#ifdef __aarch64__
+    {Implementation::portable, "neon"},
+#else
+    {Implementation::portable, "portable"},
+#endif
+    {Implementation::avx2, "avx2"},      {Implementation::avx512, "avx512"},
+    {Implementation::cuda, "cuda"},
+};
+
+const CpuKernels* kernels_of(Implementation implementation) {
+  switch (implementation) {
+    case Implementation::portable: return &portable_kernels;
+#ifdef PIDIFF_X86
+    case Implementation::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2_kernels : nullptr;
+    case Implementation::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+                 ? &avx512_kernels
+                 : nullptr;
+#endif
+    default: return nullptr;
+  }
+}
+
+Implementation resolve(Implementation wanted) {
+  if (wanted == Implementation::automatic) return cpu_implementations().back();
+  return wanted;
+}
+
+const CpuKernels& require(Implementation implementation) {
+  if (const CpuKernels* kernels = kernels_of(implementation)) return *kernels;
+  throw std::runtime_error(std::string("implementation must be one that runs on this machine, got ") +
+                           name_of(implementation));
+}
+
+void check(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+using Scratch = std::unique_ptr<float, decltype(&std::free)>;
+
+Scratch allocate(std::int64_t floats) {
+  const std::size_t bytes = (static_cast<std::size_t>(std::max<std::int64_t>(floats, 1)) * 4 + 63) / 64 * 64;
+  Scratch memory(static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+// Runs `task(index, scratch)`; tasks may not throw, so scratch that cannot be had is reported after the loop.
+template <class Task>
+void run_tasks(const Parallel& pool, std::int64_t count, std::int64_t scratch_floats, const Task& task) {
+  bool exhausted = false;
+  parallel_for(pool, static_cast<std::size_t>(count), [&](std::size_t index) {
+    try {
+      task(static_cast<std::int64_t>(index), allocate(scratch_floats).get());
+    } catch (const std::bad_alloc&) {
+      exhausted = true;  // only ever set, so the race is harmless
+    }
+  });
+  if (exhausted) throw std::bad_alloc();
+}
+
+float element(const void* base, std::int64_t index, DType dtype) {
+  if (dtype == DType::float32) return static_cast<const float*>(base)[index];
+  return half_to_float(static_cast<const std::uint16_t*>(base)[index]);
+}
+
+// One (batch, person): A columns from head * columns + t to t * heads + head, so that a softmax over t runs across
+// whole vectors of heads; the padding repeats nothing (zeros) and is never read back.
+void pack_identity(const IdentityMixParams& p, std::int64_t which, std::int64_t padded, float* a, float* v) {
+  constexpr float log2e = 1.44269504088896340736f;
+  const std::int64_t columns = p.columns(), width = p.heads * columns;
+  for (std::int64_t c = 0; c < p.channels; ++c) {
+    float* row = a + c * padded;
+    const std::int64_t from = (which * p.channels + c) * width;
+    for (std::int64_t head = 0; head < p.heads; ++head)
+      for (std::int64_t t = 0; t < columns; ++t)
+        row[t * p.heads + head] = element(p.a, from + head * columns + t, p.dtype) * log2e;
+    std::fill(row + width, row + padded, 0.0f);
+  }
+  const std::int64_t values = p.tokens * p.channels;
+  for (std::int64_t i = 0; i < values; ++i) v[i] = element(p.v, which * values + i, p.dtype);
+}
+
+}  // namespace
+
+const char* name_of(Implementation implementation) {
+  for (const auto& entry : names)
+    if (entry.value == implementation) return entry.name;
+  return "unknown";
+}
+
+Implementation parse_implementation(const std::string& name) {
+  std::string choices;
+  for (const auto& entry : names) {
+    if (name == entry.name) return entry.value;
+    choices += choices.empty() ? entry.name : std::string(", ") + entry.name;
+  }
+  throw std::invalid_argument("implementation must be one of " + choices + ", got " + name);
+}
+
+std::vector<Implementation> cpu_implementations() {
+  std::vector<Implementation> result{Implementation::reference};
+  for (auto one : {Implementation::portable, Implementation::avx2, Implementation::avx512})
+    if (kernels_of(one) != nullptr) result.push_back(one);
+  return result;
+}
+
+void attention(const AttentionParams& p, const Parallel& pool, Implementation wanted) {
+  check(p.batch >= 0 && p.queries >= 0, "batch and queries must not be negative");
+  check(p.keys > 0, "keys must be positive");
+  check(p.heads > 0 && p.head_dim > 0, "heads and head_dim must be positive");
+  const Implementation implementation = resolve(wanted);
+  if (p.batch == 0 || p.queries == 0) return;
+#ifdef PIDIFF_HAS_CUDA
+  if (implementation == Implementation::cuda) return attention_cuda_host(p);
+#endif
+  check(p.dtype != DType::bfloat16, "dtype must be float32 or float16 on the CPU, got bfloat16");
+  if (implementation == Implementation::reference) return attention_reference(p);
+  const CpuKernels& kernels = require(implementation);
+  const std::int64_t block = kernels.query_block, blocks = (p.queries + block - 1) / block;
+  run_tasks(pool, p.batch * p.heads * blocks, kernels.attention_scratch(p), [&](std::int64_t index, float* scratch) {
+    const std::int64_t row0 = index % blocks * block, pair = index / blocks;
+    kernels.attention_rows(p, pair / p.heads, pair % p.heads, row0, std::min(block, p.queries - row0), scratch);
+  });
+}
+
+void identity_mix(const IdentityMixParams& p, const Parallel& pool, Implementation wanted) {
+  check(p.batch >= 0 && p.queries >= 0 && p.people >= 0, "batch, queries and people must not be negative");
+  check(p.heads > 0 && p.channels > 0 && p.channels % p.heads == 0, "channels must be a positive multiple of heads");
+  check(p.people == 0 || p.tokens > 0, "tokens must be positive");
+  const Implementation implementation = resolve(wanted);
+  if (p.batch == 0 || p.queries == 0) return;
+#ifdef PIDIFF_HAS_CUDA
+  if (implementation == Implementation::cuda) return identity_mix_cuda_host(p);
+#endif
+  check(p.dtype != DType::bfloat16, "dtype must be float32 or float16 on the CPU, got bfloat16");
+  if (implementation == Implementation::reference) return identity_mix_reference(p);
+  const CpuKernels& kernels = require(implementation);
+
+  PackedIdentity packed;
+  const std::int64_t multiple = kernels.column_multiple;
+  packed.padded = (p.heads * p.columns() + multiple - 1) / multiple * multiple;
+  const std::int64_t a_floats = p.channels * packed.padded, v_floats = p.tokens * p.channels;
+  const Scratch memory = allocate(p.batch * p.people * (a_floats + v_floats));
+  float* a = memory.get();
+  float* v = a + p.batch * p.people * a_floats;
+  parallel_for(pool, static_cast<std::size_t>(p.batch * p.people), [&](std::size_t which) {
+    const auto i = static_cast<std::int64_t>(which);
+    pack_identity(p, i, packed.padded, a + i * a_floats, v + i * v_floats);
+  });
+  packed.a = a;
+  packed.v = v;
+
+  const std::int64_t block = kernels.row_block, blocks = (p.queries + block - 1) / block;
+  run_tasks(pool, p.batch * blocks, kernels.identity_scratch(p, packed.padded),
+            [&](std::int64_t index, float* scratch) {
+              const std::int64_t row0 = index % blocks * block;
+              kernels.identity_rows(p, packed, index / blocks, row0, std::min(block, p.queries - row0), scratch);
+            });
+}
+
+}  // namespace pidiff

@@ -1,0 +1,43 @@
+// Inside the CPU implementations: what each instruction set's file hands to the driver in attention.cc.
+//
+// The files attention_{portable,avx2,avx512}.cc are compiled with different processor flags. They therefore keep
+// everything they define in an anonymous namespace and instantiate no template of the standard library: the linker
+// would otherwise merge such functions and could keep the copy with instructions that this processor lacks.
+#pragma once
+
+#include "kernels/attention.h"
+
+namespace pidiff {
+
+// identity_mix's operands, unpacked once per call. `a` columns are reordered to t * heads + head and padded.
+struct PackedIdentity {
+  const float* a = nullptr;  // [batch * people, channels, padded]; log2(e) folded in
+  const float* v = nullptr;  // [batch * people, tokens, channels]
+  std::int64_t padded = 0;   // heads * columns, rounded up to `column_multiple`
+};
+
+struct CpuKernels {
+  std::int64_t query_block;  // rows of one `attention` task
+  std::int64_t row_block;    // rows of one `identity_mix` task
+  std::int64_t column_multiple;
+  // Floats of scratch one task needs; the driver aligns it to 64 bytes.
+  std::int64_t (*attention_scratch)(const AttentionParams&);
+  std::int64_t (*identity_scratch)(const IdentityMixParams&, std::int64_t padded);
+  // One task: rows [row0, row0 + rows) of one (batch, head), or of one batch.
+  void (*attention_rows)(const AttentionParams&, std::int64_t batch, std::int64_t head, std::int64_t row0,
+                         std::int64_t rows, float* scratch);
+  void (*identity_rows)(const IdentityMixParams&, const PackedIdentity&, std::int64_t batch, std::int64_t row0,
+                        std::int64_t rows, float* scratch);
+};
+
+extern const CpuKernels portable_kernels;
+#ifdef PIDIFF_X86
+extern const CpuKernels avx2_kernels;
+extern const CpuKernels avx512_kernels;
+#endif
+
+// The clear loops (attention_reference.cc), single-threaded.
+void attention_reference(const AttentionParams& params);
+void identity_mix_reference(const IdentityMixParams& params);
+
+}  // namespace pidiff

@@ -1,0 +1,1 @@
+"""Writes a bundle (ONNX graphs, weights, tokenizer, manifest) from a PyTorch model."""

@@ -1,0 +1,436 @@
+"""Both attention primitives through every implementation and every carrier, against float64 references.
+
+The rule: the error against float64 may be at most twice the error of the same maths done in the kernel's own dtype
+(numpy), plus a floor: a few float32 roundings of the values that are averaged, and the rounding of the result.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import pytest
+
+import pidiff._C as core
+
+Array = np.ndarray
+
+
+def attention_reference(q: Array, k: Array, v: Array, heads: int, dtype: type) -> Array:
+    """softmax(q k^T / sqrt(d)) v with every intermediate in `dtype`; [B, S, C]."""
+    batch, queries, channels = q.shape
+    dim = channels // heads
+
+    def split(x: Array) -> Array:
+        return x.astype(dtype).reshape(batch, -1, heads, dim).transpose(0, 2, 1, 3)
+
+    logits = split(q) @ split(k).transpose(0, 1, 3, 2) * dtype(1 / np.sqrt(dim))
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True, dtype=dtype)
+    return (weights @ split(v)).transpose(0, 2, 1, 3).reshape(batch, queries, channels)
+
+
+def identity_mix_reference(
+    h: Array, y: Array, a: Array, v: Array, mask: Array, scale: Array, heads: int, null: bool, dtype: type
+) -> tuple[Array, Array]:
+    """The folded identity term with its residual add, every intermediate in `dtype`; ([B, S, C], [B, P, S])."""
+    h, y, a, v, mask, scale = (x.astype(dtype) for x in (h, y, a, v, mask, scale))
+    batch, queries, channels = h.shape
+    people, tokens = v.shape[1:3]
+    dim, columns = channels // heads, tokens + int(null)
+    logits = (y[:, None] @ a).reshape(batch, people, queries, heads, columns)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True, dtype=dtype))[..., :tokens]
+    values = v.reshape(batch, people, tokens, heads, dim)
+    mixed = np.einsum("bpsht,bpthd->bpshd", weights, values).reshape(batch, people, queries, channels)
+    out = h + scale[:, None, None] * (mask[..., None] * mixed).sum(1, dtype=dtype)
+    mass = weights.sum(-1, dtype=dtype).mean(-1, dtype=dtype) if null else np.zeros((batch, people, queries), dtype)
+    return out, mass
+
+
+def require_close(got: Array, exact: Array, same_dtype: Array, *summed: Array) -> None:
+    """Apply the rule of this file; `summed` are the arrays whose values the result is a sum of."""
+    assert got.shape == exact.shape
+    if not exact.size:
+        return
+    largest = max((float(np.abs(x).max()) for x in summed if x.size), default=1.0)
+    floor = 4 * float(np.finfo(np.float32).eps) * largest
+    floor += 0.5 * float(np.finfo(got.dtype).eps) * float(np.abs(exact).max())
+    error = float(np.abs(got.astype(np.float64) - exact).max())
+    allowed = 2 * float(np.abs(same_dtype.astype(np.float64) - exact).max()) + floor
+    assert error <= allowed, f"error {error:.3g} over {allowed:.3g}"
+
+
+# --- carriers: name -> (attention, identity_mix) --------------------------------------------------------------------
+
+
+def onnx_session(op: str, inputs: list[str], outputs: list[str], dtype: np.dtype, **attributes: int):
+    """An ONNX Runtime session with one node of domain `pidiff`."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    element = TensorProto.FLOAT if dtype == np.float32 else TensorProto.FLOAT16
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, outputs, domain="pidiff", **attributes)],
+        "one_node",
+        [helper.make_tensor_value_info(name, element, None) for name in inputs],
+        [helper.make_tensor_value_info(name, element, None) for name in outputs],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("pidiff", 1)], ir_version=9
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(Path(core.__file__).parent / "lib" / "libpidiff_ort.so"))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def ort_attention(q: Array, k: Array, v: Array, heads: int) -> Array:
+    session = onnx_session("Attention", ["q", "k", "v"], ["out"], q.dtype, num_heads=heads)
+    return session.run(None, {"q": q, "k": k, "v": v})[0]
+
+
+IDENTITY_INPUTS = ["q", "k", "v", "x", "a", "v_id", "mask", "scale"]
+
+
+def ort_identity_attention(feeds: dict[str, Array], heads: int, null: bool, residual: bool) -> tuple[Array, Array]:
+    session = onnx_session(
+        "IdentityAttention", IDENTITY_INPUTS, ["out", "id_mass"], feeds["q"].dtype,
+        num_heads=heads, has_null=int(null), residual=int(residual),
+    )  # fmt: skip
+    return tuple(session.run(None, feeds))
+
+
+def ort_identity_mix(h: Array, y: Array, a: Array, v: Array, mask: Array, scale: Array, heads: int, null: bool):
+    """The node's text attention made transparent: one key whose value is h would need S = 1, so S runs as batch."""
+    batch, queries, channels = h.shape
+    rows = batch * queries
+    feeds = {
+        "q": np.zeros((rows, 1, channels), h.dtype),
+        "k": np.zeros((rows, 1, channels), h.dtype),
+        "v": h.reshape(rows, 1, channels),
+        "x": np.ascontiguousarray(y).reshape(rows, 1, channels),
+        "a": np.repeat(a, queries, 0),
+        "v_id": np.repeat(v, queries, 0),
+        "mask": np.ascontiguousarray(mask.transpose(0, 2, 1)).reshape(rows, -1, 1),
+        "scale": np.repeat(scale, queries, 0),
+    }
+    out, mass = ort_identity_attention(feeds, heads, null, residual=False)
+    return out.reshape(h.shape), mass.reshape(batch, queries, -1).transpose(0, 2, 1)
+
+
+def pybind(implementation: str) -> tuple[Callable, Callable]:
+    return (
+        lambda q, k, v, heads: core.attention(q, k, v, heads, implementation),
+        lambda *arguments: core.identity_mix(*arguments, implementation),
+    )
+
+
+CARRIERS: dict[str, tuple[Callable, Callable]] = {name: pybind(name) for name in core.cpu_implementations()}
+CARRIERS["onnxruntime"] = (ort_attention, ort_identity_mix)
+FAST = [name for name in CARRIERS if name != "reference"]
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+carriers = pytest.mark.parametrize("carrier", list(CARRIERS))
+dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float32", "float16"])
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@carriers
+@dtypes
+@pytest.mark.parametrize("queries,keys", [(1, 1), (1, 77), (77, 77), (129, 129), (129, 77), (50, 300)])
+@pytest.mark.parametrize("dim", [8, 40, 64, 80, 160])
+def test_attention(rng, carrier, dtype, queries, keys, dim):
+    heads = 2
+    q, k, v = (rng.standard_normal((2, n, heads * dim)).astype(dtype) for n in (queries, keys, keys))
+    got = CARRIERS[carrier][0](q, k, v, heads)
+    assert got.dtype == dtype
+    require_close(got, attention_reference(q, k, v, heads, np.float64), attention_reference(q, k, v, heads, dtype), v)
+
+
+@pytest.mark.parametrize("carrier", FAST)
+@dtypes
+@pytest.mark.parametrize("dim", [40, 64])
+def test_attention_long(rng, carrier, dtype, dim):
+    """S = 4096, checked on a sample of rows so that the reference stays cheap."""
+    if carrier == "portable" and dtype == np.float16 and dim == 64:
+        pytest.skip("slow, and the same code as the case beside it")
+    q, k, v = (rng.standard_normal((1, 4096, dim)).astype(dtype) for _ in range(3))
+    got = CARRIERS[carrier][0](q, k, v, 1)
+    rows = np.r_[0:4, 2040:2060, 4090:4096]
+    few = q[:, rows]
+    require_close(
+        got[:, rows], attention_reference(few, k, v, 1, np.float64), attention_reference(few, k, v, 1, dtype), v
+    )
+
+
+@pytest.mark.parametrize("carrier", [name for name in CARRIERS if name != "onnxruntime"])
+@dtypes
+def test_attention_strided(rng, carrier, dtype):
+    """q, k, v as views into one packed projection, and a batch axis that was sliced."""
+    packed = rng.standard_normal((4, 77, 3 * 80)).astype(dtype)[::2]
+    q, k, v = packed[..., :80], packed[..., 80:160], packed[..., 160:]
+    got = CARRIERS[carrier][0](q, k, v, 2)
+    require_close(got, attention_reference(q, k, v, 2, np.float64), attention_reference(q, k, v, 2, dtype), v)
+
+
+@carriers
+def test_attention_outlier_rows(rng, carrier):
+    """Logits of several thousand: one key takes all; and rows that are all zero."""
+    q, k, v = (rng.standard_normal((1, 129, 80)).astype(np.float32) for _ in range(3))
+    q[:, 3] *= 1e3
+    q[:, 5] = 0
+    k[:, 100] *= 100
+    got = CARRIERS[carrier][0](q, k, v, 2)
+    assert np.isfinite(got).all()
+    require_close(got, attention_reference(q, k, v, 2, np.float64), attention_reference(q, k, v, 2, np.float32), v)
+    np.testing.assert_allclose(got[:, 5], v.mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("carrier", FAST)
+def test_attention_half_overflow(carrier):
+    """Half inputs whose products overflow half: arithmetic is float32."""
+    q = np.full((1, 1, 8), 300, np.float16)
+    k = np.stack([np.full((1, 8), 300), np.full((1, 8), -300)], 1).astype(np.float16)
+    v = np.stack([np.full((1, 8), 2), np.full((1, 8), 5)], 1).astype(np.float16)
+    np.testing.assert_array_equal(CARRIERS[carrier][0](q, k, v, 1), np.full((1, 1, 8), 2, np.float16))
+
+
+@carriers
+def test_attention_keeps_nan(rng, carrier):
+    """A NaN query gives NaN in its own row and nowhere else."""
+    q, k, v = (rng.standard_normal((1, 77, 40)).astype(np.float32) for _ in range(3))
+    q[0, 7, 3] = np.nan
+    got = CARRIERS[carrier][0](q, k, v, 1)
+    bad = np.isnan(got).all(-1)[0]
+    assert bad[7] and not np.isnan(np.delete(got, 7, 1)).any()
+
+
+@pytest.mark.parametrize("carrier", FAST)
+def test_attention_is_repeatable(rng, carrier):
+    """The same bits whatever the batch around an image."""
+    q, k, v = (rng.standard_normal((3, 130, 80)).astype(np.float32) for _ in range(3))
+    together = CARRIERS[carrier][0](q, k, v, 2)
+    alone = CARRIERS[carrier][0](q[1:2], k[1:2], v[1:2], 2)
+    np.testing.assert_array_equal(together[1:2], alone)
+
+
+@needs_torch
+def test_references_agree_with_torch(rng):
+    """This file's reference is torch's scaled_dot_product_attention."""
+    import torch
+
+    q, k, v = (rng.standard_normal((2, n, 80)) for n in (9, 7, 7))
+    split = lambda x: torch.from_numpy(x).reshape(2, -1, 2, 40).transpose(1, 2)  # noqa: E731
+    expected = torch.nn.functional.scaled_dot_product_attention(split(q), split(k), split(v))
+    np.testing.assert_allclose(
+        attention_reference(q, k, v, 2, np.float64), expected.transpose(1, 2).reshape(2, 9, 80).numpy(), atol=1e-12
+    )
+
+
+# --- identity_mix ---------------------------------------------------------------------------------------------------
+
+
+def identity_inputs(rng, dtype, queries, heads, dim, people, tokens, null, batch=2):
+    channels = heads * dim
+    h, y = (rng.standard_normal((batch, queries, channels)).astype(dtype) for _ in range(2))
+    a = (rng.standard_normal((batch, people, channels, heads * (tokens + null))) / np.sqrt(channels)).astype(dtype)
+    v = rng.standard_normal((batch, people, tokens, channels)).astype(dtype)
+    return h, y, a, v, rng.random((batch, people, queries)).astype(dtype), rng.random(batch).astype(dtype)
+
+
+@carriers
+@dtypes
+@pytest.mark.parametrize("null", [True, False])
+@pytest.mark.parametrize("people", [0, 1, 2, 3])
+@pytest.mark.parametrize("queries,heads,dim,tokens", [(1, 8, 8, 4), (77, 8, 40, 4), (129, 2, 80, 1), (50, 5, 64, 7)])
+def test_identity_mix(rng, carrier, dtype, null, people, queries, heads, dim, tokens):
+    inputs = identity_inputs(rng, dtype, queries, heads, dim, people, tokens, null)
+    out, mass = CARRIERS[carrier][1](*inputs, heads, null)
+    exact, same = (identity_mix_reference(*inputs, heads, null, t) for t in (np.float64, dtype))
+    assert out.dtype == mass.dtype == dtype
+    require_close(out, exact[0], same[0], inputs[0], inputs[3])
+    require_close(mass, exact[1], same[1])
+
+
+@pytest.mark.parametrize("carrier", FAST)
+@dtypes
+def test_identity_mix_wide(rng, carrier, dtype):
+    """SD1.5's widest layer."""
+    inputs = identity_inputs(rng, dtype, 64, 8, 160, 1, 4, True, batch=1)
+    got = CARRIERS[carrier][1](*inputs, 8, True)
+    exact, same = (identity_mix_reference(*inputs, 8, True, t) for t in (np.float64, dtype))
+    require_close(got[0], exact[0], same[0], inputs[0], inputs[3])
+    require_close(got[1], exact[1], same[1])
+
+
+@pytest.mark.parametrize("carrier", [name for name in CARRIERS if name != "onnxruntime"])
+def test_identity_mix_strided(rng, carrier):
+    h, y, *rest = identity_inputs(rng, np.float32, 60, 8, 40, 2, 4, True)
+    wide = np.concatenate([h, y], -1)[:, ::3]
+    h, y = wide[..., :320], wide[..., 320:]
+    rest[2] = np.ascontiguousarray(rest[2][..., ::3])
+    got = CARRIERS[carrier][1](h, y, *rest, 8, True)
+    exact, same = (identity_mix_reference(h, y, *rest, 8, True, t) for t in (np.float64, np.float32))
+    require_close(got[0], exact[0], same[0], h, rest[1])
+    require_close(got[1], exact[1], same[1])
+
+
+@carriers
+def test_identity_mix_outlier_rows(rng, carrier):
+    """Logits of a thousand: one token takes all, without overflow."""
+    h, y, *rest = identity_inputs(rng, np.float32, 33, 4, 40, 1, 4, True)
+    y[:, ::5] *= 1e3
+    out, mass = CARRIERS[carrier][1](h, y, *rest, 4, True)
+    assert np.isfinite(out).all() and (mass >= 0).all() and (mass <= 1 + 1e-6).all()
+    exact, same = (identity_mix_reference(h, y, *rest, 4, True, t) for t in (np.float64, np.float32))
+    require_close(out, exact[0], same[0], h, rest[1])
+
+
+@carriers
+def test_identity_mix_off_is_exact(rng, carrier):
+    """id_scale = 0, an all-zero mask, or nobody: h itself, bit for bit."""
+    h, y, a, v, mask, scale = identity_inputs(rng, np.float32, 40, 8, 40, 2, 4, True)
+    for inputs in [(a, v, mask, scale * 0), (a, v, mask * 0, scale), (a[:, :0], v[:, :0], mask[:, :0], scale)]:
+        out, _ = CARRIERS[carrier][1](h, y, *inputs, 8, True)
+        np.testing.assert_array_equal(out, h)
+
+
+def test_identity_mix_null_key_takes_the_mass(rng):
+    """A null column far above the others: nothing is added and the identity map is empty; far below: it is full."""
+    h, y, a, v, mask, scale = identity_inputs(rng, np.float32, 20, 2, 8, 1, 3, True)
+    y = np.abs(y) + 1
+    for value, expected in [(50, 0), (-50, 1)]:
+        a.reshape(2, 1, 16, 2, 4)[..., 3] = value
+        out, mass = core.identity_mix(h, y, a, v, mask, scale, 2, True)
+        np.testing.assert_allclose(mass, expected, atol=1e-6)
+        if expected == 0:
+            np.testing.assert_allclose(out, h, atol=1e-6)
+
+
+@dtypes
+@pytest.mark.parametrize("residual", [False, True])
+def test_onnx_node_is_attention_then_mix(rng, dtype, residual):
+    """IdentityAttention against the two primitives; `residual` attends with the text result."""
+    heads, channels, tokens = 4, 160, 3
+    feeds = dict(zip(["h", "x", "a", "v_id", "mask", "scale"],
+                     identity_inputs(rng, dtype, 50, heads, 40, 2, tokens, not residual)))  # fmt: skip
+    del feeds["h"]
+    for name, length in (("q", 50), ("k", 77), ("v", 77)):
+        feeds[name] = rng.standard_normal((2, length, channels)).astype(dtype)
+    out, mass = ort_identity_attention(feeds, heads, not residual, residual)
+    h = core.attention(feeds["q"], feeds["k"], feeds["v"], heads)
+    y = h if residual else feeds["x"]
+    expected = core.identity_mix(h, y, feeds["a"], feeds["v_id"], feeds["mask"], feeds["scale"], heads, not residual)
+    np.testing.assert_array_equal(out, expected[0])
+    np.testing.assert_array_equal(mass, expected[1])
+
+
+def test_onnx_node_refuses_wrong_shapes(rng):
+    feeds = dict(zip(["h", "x", "a", "v_id", "mask", "scale"], identity_inputs(rng, np.float32, 5, 2, 8, 1, 3, True)))
+    del feeds["h"]
+    for name in "qkv":
+        feeds[name] = rng.standard_normal((2, 5, 16)).astype(np.float32)
+    with pytest.raises(Exception, match=r"scale must have shape \(2\), got \(3\)"):
+        ort_identity_attention(feeds | {"scale": np.ones(3, np.float32)}, 2, True, False)
+    with pytest.raises(Exception, match=r"num_heads must divide the channels 16, got 3"):
+        ort_identity_attention(feeds, 3, True, False)
+
+
+# --- bad arguments --------------------------------------------------------------------------------------------------
+
+
+def test_attention_errors(rng):
+    q, k = rng.standard_normal((2, 5, 16)).astype(np.float32), rng.standard_normal((2, 7, 16)).astype(np.float32)
+    cases = [
+        ((q[0], k, k, 2), r"q must have shape \[B, S, C\] = \(\*, \*, \*\), got \(5, 16\)"),
+        ((q, k[:1], k, 2), r"k must have shape \[B, T, C\] = \(2, \*, 16\), got \(1, 7, 16\)"),
+        ((q, k, k[:, :3], 2), r"v must have shape \[B, T, C\] = \(2, 7, 16\), got \(2, 3, 16\)"),
+        ((q, k[:, :0], k[:, :0], 2), r"k must have at least one key"),
+        ((q, k, k, 3), r"num_heads must divide the channels 16, got 3"),
+        ((q, k, k, 0), r"num_heads must be positive, got 0"),
+        ((q.astype(np.float64), k, k, 2), r"q must be float32 or float16, got float64"),
+        ((q, k.astype(np.float16), k, 2), r"k must have the dtype of q, float32, got float16"),
+        ((q[..., ::2], k[..., :8], k[..., :8], 2), r"q must be contiguous along its last axis"),
+        ((q, k, k, 2, "magic"), r"implementation must be one of auto, reference, .*, got magic"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            core.attention(*arguments)
+
+
+def test_identity_mix_errors(rng):
+    h, y, a, v, mask, scale = identity_inputs(rng, np.float32, 5, 2, 8, 1, 3, True)
+    cases = [
+        ((h, y[:, :4], a, v, mask, scale, 2, True), r"y must have shape"),
+        ((h, y, a, v, mask, scale, 2, False), r"a must have shape \[B, P, C, num_heads \* T\] = \(2, 1, 16, 6\)"),
+        ((h, y, a, v[..., :8], mask, scale, 2, True), r"v_id must have shape"),
+        ((h, y, a, v, mask[:, :, :4], scale, 2, True), r"mask must have shape"),
+        ((h, y, a, v, mask, scale[:1], 2, True), r"scale must have shape \[B\] = \(2\), got \(1\)"),
+        ((h, y, a.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2), v, mask, scale, 2, True), "a must be C-contiguous"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            core.identity_mix(*arguments)
+
+
+@pytest.mark.skipif(core.has_cuda(), reason="there is a GPU")
+def test_cuda_absence_is_one_sentence(rng):
+    q = rng.standard_normal((1, 5, 16)).astype(np.float32)
+    with pytest.raises(RuntimeError, match="implementation must be one that runs on this machine, got cuda"):
+        core.attention(q, q, q, 2, "cuda")
+
+
+# --- CUDA: compiled wherever nvcc is, run only where there is a GPU -------------------------------------------------
+
+cuda = [pytest.mark.cuda, pytest.mark.skipif(not core.has_cuda(), reason="no CUDA kernels or no GPU")]
+CUDA_DTYPES = ["float32", "float16", "bfloat16"]
+
+
+def cuda_dtype(name: str) -> type:
+    if name == "bfloat16":
+        return pytest.importorskip("ml_dtypes").bfloat16
+    return getattr(np, name)
+
+
+def require_close_cuda(got: Array, exact: Array, dtype: type) -> None:
+    """Probabilities pass through 16 bits on their way to the tensor cores, hence a few roundings of the result."""
+    unit = {2: 2.0**-8 if dtype not in (np.float16,) else 2.0**-11, 4: 2.0**-22}[np.dtype(dtype).itemsize]
+    np.testing.assert_allclose(got.astype(np.float64), exact, atol=4 * unit * max(1.0, float(np.abs(exact).max(initial=0))))
+
+
+class TestCuda:
+    pytestmark = cuda
+
+    @pytest.mark.parametrize("name", CUDA_DTYPES)
+    @pytest.mark.parametrize("queries,keys", [(1, 1), (77, 77), (129, 300), (65, 77), (4096, 4096)])
+    @pytest.mark.parametrize("dim", [8, 40, 64, 80, 100, 160])
+    def test_attention(self, rng, name, queries, keys, dim):
+        dtype = cuda_dtype(name)
+        q, k, v = (rng.standard_normal((1, n, 2 * dim)).astype(dtype) for n in (queries, keys, keys))
+        got = core.attention(q, k, v, 2, "cuda")
+        rows = slice(None) if queries < 1000 else np.r_[0:8, 2040:2056, 4090:4096]
+        require_close_cuda(got[:, rows], attention_reference(q[:, rows], k, v, 2, np.float64), dtype)
+
+    @pytest.mark.parametrize("name", CUDA_DTYPES)
+    def test_attention_strided(self, rng, name):
+        dtype = cuda_dtype(name)
+        packed = rng.standard_normal((4, 77, 3 * 80)).astype(dtype)[::2]
+        q, k, v = packed[..., :80], packed[..., 80:160], packed[..., 160:]
+        require_close_cuda(core.attention(q, k, v, 2, "cuda"), attention_reference(q, k, v, 2, np.float64), dtype)
+
+    @pytest.mark.parametrize("name", CUDA_DTYPES)
+    @pytest.mark.parametrize("null", [True, False])
+    @pytest.mark.parametrize("people", [0, 1, 3])
+    @pytest.mark.parametrize("queries,heads,dim,tokens", [(1, 8, 8, 4), (77, 8, 40, 4), (129, 2, 80, 1), (64, 8, 160, 16)])
+    def test_identity_mix(self, rng, name, null, people, queries, heads, dim, tokens):
+        dtype = cuda_dtype(name)
+        inputs = identity_inputs(rng, dtype, queries, heads, dim, people, tokens, null)
+        exact = identity_mix_reference(*inputs, heads, null, np.float64)
+        for got, expected in zip(core.identity_mix(*inputs, heads, null, "cuda"), exact):
+            require_close_cuda(got, expected, dtype)
