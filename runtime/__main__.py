@@ -81,7 +81,7 @@ def _generate(args):
     if args.region is not None and len(args.region) != len(args.face):
         raise PidiffError(f"--region must be given once per --face, {len(args.face)} times, got {len(args.region)}")
     pipeline, seconds = _open(args, args.device)
-    people = [_person(pipeline, face, args.largest_face) for face in args.face]
+    people = [_person(pipeline, face, _select(args)) for face in args.face]
     seconds.update(pipeline.seconds)
     result = pipeline.generate(
         people, args.prompt, args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
@@ -105,7 +105,7 @@ def _enroll(args):
     begun = time.perf_counter()
     _check_outputs(args.out, args.save_face)
     pipeline, seconds = _open(args)
-    identity = _person(pipeline, args.photo, args.largest_face)
+    identity = pipeline.enroll(args.photo, _select(args))
     files = {args.out: identity.to_bytes()}
     if args.save_face:
         files[args.save_face] = encode_png(identity.face)
@@ -131,12 +131,16 @@ def _open(args, device="cpu"):
     return pipeline, {"open": time.perf_counter() - begun}
 
 
-def _person(pipeline, path, largest):
+def _select(args):
+    return "largest" if args.largest_face else "only"
+
+
+def _person(pipeline, path, select):
     from .identity import Identity
 
     if Path(path).suffix.lower() == ".safetensors":
         return Identity.load(path)
-    return pipeline.enroll(path, "largest" if largest else "only")
+    return pipeline.enroll(path, select)
 
 
 def _add(seconds, more):

@@ -56,8 +56,10 @@ class Pipeline:
         select: "only" refuses several faces, "largest" takes the largest. Raises FaceError in one sentence.
         """
         with self._stage("enroll"):
-            reader = FaceReader(self._graph, self.bundle.manifest.model.face_size,
-                                matting="face_matting" in self.bundle.manifest.graphs)
+            matting = "face_matting" in self.bundle.manifest.graphs
+            if not matting:
+                warnings.warn("the bundle has no face_matting graph: the background stays in the identity", stacklevel=2)
+            reader = FaceReader(self._graph, self.bundle.manifest.model.face_size, matting)
             face = reader.read(photo, select)
             w_plus = call(self._graph("w_plus_encoder"), {"face": to_planes(face)})["w_plus"][0].astype(np.float32)
             return Identity(w_plus, face, self.bundle.encoder_id())

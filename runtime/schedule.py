@@ -42,7 +42,8 @@ def make_schedule(config, solver, num_inference_steps, use_karras_sigmas=None):
             raise BundleError(f"schedule.json {key} must be {_PASSED[key].__name__}, got {value!r}")
     if use_karras_sigmas is not None:
         options["use_karras_sigmas"] = use_karras_sigmas
+    alphas = alphas_cumprod(config)
     try:
-        return _C.Schedule(solver, alphas_cumprod(config), num_inference_steps, **options)
+        return _C.Schedule(solver, alphas, num_inference_steps, **options)
     except ValueError as e:
         raise PidiffError(str(e)) from e

@@ -1,0 +1,596 @@
+"""The runtime on a tiny bundle (and on the shipped one where it is present): pictures, options, errors, command line."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+
+import cv2
+import numpy as np
+import onnxruntime as ort
+import pytest
+from drawn_face import drawn_face
+from safetensors.numpy import save, save_file
+from tiny_bundle import LAYERS, WORDS, spec_of, write_tiny_bundle
+
+from pidiff import _C
+from pidiff.runtime import Cancelled, EngineError, Identity, IdentityError, PidiffError, Pipeline, files
+from pidiff.runtime.__main__ import enroll as cli_enroll
+from pidiff.runtime.__main__ import generate as cli_generate
+from pidiff.runtime.bundle import Bundle, BundleError, shipped_bundle
+from pidiff.runtime.engines import call, check_tensors, load_engine
+from pidiff.runtime.options import resolve_mask, resolve_seeds
+from pidiff.runtime.schedule import alphas_cumprod, make_schedule
+from pidiff.runtime.text import TextTokenizer
+
+PROMPT = "a photo of person"
+needs_mini = pytest.mark.skipif(not (shipped_bundle() / "manifest.json").exists(), reason="models/mini is not there")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return Pipeline.from_bundle(tiny, threads=2)
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16", pytest.param("mini", marks=needs_mini)])
+def any_pipe(request, tiny, tmp_path_factory):
+    if request.param == "fp16":
+        tiny = write_tiny_bundle(tmp_path_factory.mktemp("tiny16") / "bundle", "float16")
+    return Pipeline.from_bundle(None if request.param == "mini" else tiny, threads=2)
+
+
+def person(seed=0, layers=LAYERS):
+    return Identity(np.random.default_rng(seed).standard_normal((layers, 512)).astype(np.float32))
+
+
+def somebody(pipe, seed=0):
+    return person(seed, pipe.bundle.manifest.model.w_plus_layers)
+
+
+def picture(pipe, who, **options):
+    return pipe.generate(who, PROMPT, **{"seed": 1, "num_inference_steps": 4, **options}).images[0].astype(int)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+def test_a_photo_and_a_prompt_give_a_picture(any_pipe):
+    model = any_pipe.bundle.manifest.model
+    me = any_pipe.enroll(drawn_face(256))
+    assert me.w_plus.shape == (model.w_plus_layers, 512) and me.face.shape == (model.face_size,) * 2 + (3,)
+    result = any_pipe.generate(me, PROMPT, seed=7, num_inference_steps=4, num_images=2)
+    assert [i.shape for i in result.images] == [(model.image_size, model.image_size, 3)] * 2
+    assert all(i.dtype == np.uint8 and i.std() > 1 for i in result.images) and result.seeds == [7, 8]
+    assert result.identity_map.shape == (2, 1, *model.latent_shape[1:])
+    assert 0 <= result.identity_map.min() and result.identity_map.max() <= 1
+    assert set(result.seconds) >= {"text", "identity", "plan", "denoise", "decode", "total"}
+    assert all(v >= 0 for v in result.seconds.values())
+
+
+def test_equal_seeds_give_equal_pictures_in_any_batch(any_pipe):
+    who = somebody(any_pipe)
+    run = lambda **o: any_pipe.generate(who, PROMPT, num_inference_steps=3, **o).images
+    batch, again = run(seed=[5, 6, 2**40]), run(seed=[5, 6, 2**40])
+    assert all(np.array_equal(a, b) for a, b in zip(batch, again))
+    for seed, image in zip([5, 6, 2**40], batch):
+        assert np.abs(run(seed=seed)[0].astype(int) - image).max() <= 2  # a GEMM may round by its batch
+    for image, other in zip(batch, run(seed=[5, 6, 2**40], batch_size=2)):
+        assert np.abs(other.astype(int) - image).max() <= 2
+    assert not np.array_equal(batch[0], batch[1])
+
+
+def test_identity_scale_zero_is_the_base_model(any_pipe):
+    base = picture(any_pipe, None)
+    assert np.array_equal(picture(any_pipe, somebody(any_pipe), id_scale=0), base)
+    assert np.array_equal(picture(any_pipe, somebody(any_pipe), id_start=1.0), base)
+    assert not np.array_equal(picture(any_pipe, somebody(any_pipe)), base)
+    assert any_pipe.generate(None, PROMPT, num_inference_steps=2).identity_map is None
+
+
+def test_the_whole_path_step_by_step(tiny, pipe):
+    """`generate` equals the same graphs called one by one, with guidance and solver spelled out."""
+    session = lambda name: ort.InferenceSession(tiny / f"{name}.onnx")
+    run = lambda name, **inputs: session(name).run(None, inputs)
+    who, seed, guidance = person(3), 11, 2.5
+    ids = np.full((2, 8), 1, np.int64)
+    ids[:, 0] = 0
+    ids[1, 1:5] = [WORDS.index(w) for w in PROMPT.split()]
+    text_kv = run("text_conditioner", prompt_embeds=run("text_encoder", input_ids=ids)[0])[0]
+    levels = np.array([[1.0, 0.5, 0.0, 2.0]] * 2, np.float32)
+    w_plus = np.stack([np.zeros_like(who.w_plus), who.w_plus])
+    fold = run("id_conditioner", w_plus=w_plus, level_scale=levels)[0][:, None]
+    schedule = _C.Schedule("dpmpp_2m", alphas_cumprod({}), 5, prediction_type="v_prediction", timestep_spacing="leading")
+    table = run("time_conditioner", timesteps=schedule.timesteps)[0]
+    latents = _C.randn([seed], (4, 4, 4)) * np.float32(schedule.init_noise_sigma)
+    solver, unet, ones = _C.Solver(schedule), session("unet"), np.ones((2, 1, 4, 4), np.float32)
+    for i in range(5):
+        scale = np.full(2, 0.8 if i >= 2 else 0, np.float32)
+        model_input = np.repeat(solver.scale_model_input(i, latents), 2, 0)
+        out = unet.run(None, {"latents": model_input, "time_row": table[i:i + 1], "text_kv": text_kv, "id_fold": fold,
+                              "id_mask": ones, "id_scale": scale})[0]
+        latents, _ = solver.step(i, out[:1] + guidance * (out[1:] - out[:1]), latents)
+    image = run("vae_decoder", latents=latents)[0][0].transpose(1, 2, 0)
+    result = pipe.generate(who, PROMPT, seed=seed, guidance_scale=guidance, num_inference_steps=5, id_scale=0.8, id_start=0.4,
+                           level_scale=[1, 0.5, 0, 2])
+    assert np.abs(result.images[0] - (image * 127.5 + 127.5)).max() < 0.75
+
+
+def test_what_is_asked_changes_the_picture(pipe):
+    base = picture(pipe, person())
+    for change in ({"seed": 2}, {"id_scale": 0.3}, {"level_scale": (0, 1, 1, 1)}, {"guidance_scale": 4.0}, {"id_start": 0.5},
+                   {"negative_prompt": "blue"}, {"num_inference_steps": 7}, {"edits": {"smile": 2.0}},
+                   {"id_mask": [(0, 0, 0.5, 1)]}):
+        assert not np.array_equal(picture(pipe, person(), **change), base), change
+    assert not np.array_equal(pipe.generate(person(), "red sketch", seed=1, num_inference_steps=4).images[0], base)
+    assert np.array_equal(picture(pipe, person()), base)
+
+
+def test_no_guidance_ignores_the_negative_prompt(pipe):
+    plain = picture(pipe, person(), guidance_scale=1.0)
+    assert np.array_equal(picture(pipe, person(), guidance_scale=1.0, negative_prompt="blue"), plain)
+
+
+def test_a_region_keeps_the_identity_inside(pipe):
+    """The tiny model is local: outside the region the picture is the base model's, inside it is the person's."""
+    base, full = picture(pipe, None), picture(pipe, person())
+    left = picture(pipe, person(), id_mask=[(0, 0, 0.5, 1)])
+    assert np.array_equal(left[:, 16:], base[:, 16:]) and np.array_equal(left[:, :16], full[:, :16])
+    mask = np.zeros((1, 64, 64))
+    mask[:, :, :32] = 1
+    assert np.array_equal(picture(pipe, person(), id_mask=mask), left)
+
+
+def test_two_people_in_two_regions(pipe):
+    a, b, regions = person(1), person(2), [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    both = pipe.generate([a, b], PROMPT, seed=1, num_inference_steps=4, id_mask=regions)
+    image = both.images[0].astype(int)
+    assert np.array_equal(image[:, :16], picture(pipe, a)[:, :16]) and np.array_equal(image[:, 16:], picture(pipe, b)[:, 16:])
+    assert both.identity_map.shape == (1, 2, 4, 4) and not both.identity_map[0, 0, :, 2:].any()
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"])
+def test_every_solver(pipe, solver):
+    result = pipe.generate(person(), PROMPT, seed=1, num_inference_steps=4, scheduler=solver)
+    assert result.scheduler == solver and result.images[0].std() > 1
+
+
+def test_defaults_come_from_the_bundle(pipe):
+    result = pipe.generate(None, PROMPT)
+    assert (result.num_inference_steps, result.guidance_scale, result.scheduler) == (5, 2.0, "dpmpp_2m")
+    assert len(result.seeds) == 1 and result.seeds != pipe.generate(None, PROMPT).seeds
+
+
+def test_prompts_and_plans_are_kept(pipe):
+    assert pipe.prepare("a photo") is pipe.prepare("a photo") and pipe.plan(6) is pipe.plan(6, "dpmpp_2m")
+    assert pipe.fold(person(1)) is pipe.fold(person(1)) and pipe.fold(person(1)) is not pipe.fold(person(2))
+
+
+# --- progress, cancel, interrupts ------------------------------------------------------------------------------------
+
+def test_callback_sees_every_step_and_previews(pipe):
+    seen = []
+    result = pipe.generate(person(), PROMPT, seed=1, num_images=3, batch_size=2, num_inference_steps=4,
+                           callback=lambda step, total, preview: seen.append((step, total, preview())))
+    assert [s[:2] for s in seen] == [(i + 1, 8) for i in range(8)]
+    assert seen[0][2].shape == (2, 32, 32, 3) and seen[7][2].shape == (1, 32, 32, 3)
+    assert np.abs(seen[7][2][0].astype(int) - result.images[2]).max() <= 1  # the last prediction is the picture
+
+
+def test_cancel(pipe):
+    seen = []
+    with pytest.raises(Cancelled):
+        pipe.generate(person(), PROMPT, callback=lambda step, *_: seen.append(step) or step == 2)
+    assert seen == [1, 2]
+    assert picture(pipe, person()).std() > 1  # the pipeline is still usable
+
+
+def test_errors_in_the_callback_reach_the_caller(pipe):
+    def broken(*_):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        pipe.generate(person(), PROMPT, callback=broken)
+
+
+def test_ctrl_c_in_the_loop(pipe):
+    steps = []
+
+    def press(step, *_):
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.generate(person(), PROMPT, num_inference_steps=100, callback=press)
+    assert len(steps) <= 3
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"num_inference_steps": 0}, "num_inference_steps must be an integer in [1, 1000], got 0"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps must be an integer in [1, 1000], got 2.5"),
+    ({"guidance_scale": -1}, "guidance_scale must be a number in [0, 100], got -1"),
+    ({"guidance_scale": float("nan")}, "guidance_scale must be a number in [0, 100], got nan"),
+    ({"id_scale": float("inf")}, "id_scale must be a number in [0, 10], got inf"),
+    ({"id_scale": "1"}, "id_scale must be a number in [0, 10], got '1'"),
+    ({"id_start": 1.5}, "id_start must be a number in [0, 1], got 1.5"),
+    ({"level_scale": (1, 1, 1)}, "level_scale must be four numbers"),
+    ({"level_scale": 1.0}, "level_scale must be four numbers"),
+    ({"level_scale": (1, 1, 1, -1)}, "level_scale must be a number in [0, 10], got -1"),
+    ({"scheduler": "ddpm"}, "scheduler must be one of ddim, euler"),
+    ({"seed": -1}, "seed must be an integer in"), ({"seed": 2**63}, "seed must be an integer in"),
+    ({"seed": 1.5}, "seed must be an integer in"), ({"seed": []}, "seed must hold at least one seed"),
+    ({"seed": [1, 2], "num_images": 3}, "num_images must equal the number of seeds, 2, got 3"),
+    ({"num_images": 0}, "num_images must be an integer in [1, 1024], got 0"),
+    ({"batch_size": 0}, "batch_size must be an integer in [1, 64], got 0"),
+    ({"negative_prompt": None}, "negative_prompt must be text, got NoneType"),
+    ({"edits": {"beard": 1.0}}, "edit must be one of smile, got 'beard'"),
+    ({"edits": {"smile": float("nan")}}, "edit smile must be a strength in [-20, 20], got nan"),
+    ({"id_mask": [(0, 0, 1)]}, "id_mask must be boxes"), ({"id_mask": [(0.5, 0, 0.5, 1)]}, "id_mask must be boxes"),
+    ({"id_mask": [(0, 0, 1, 1)] * 2}, "id_mask must hold one region per person, 1, got 2"),
+    ({"id_mask": np.full((1, 8, 8), 2.0)}, "id_mask must hold values in [0, 1]"),
+    ({"id_mask": np.full((1, 8, 8), np.nan)}, "id_mask must hold values in [0, 1]"),
+    ({"id_mask": 3}, "id_mask must be arrays"), ({"callback": 3}, "callback must be callable or None, got int"),
+])
+def test_impossible_arguments(pipe, options, sentence):
+    with pytest.raises(PidiffError) as caught:
+        pipe.generate(person(), PROMPT, **options)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("who, sentence", [
+    ("me", "identity must be an Identity or a list of them, got str"),
+    ([person(1), person(2)], "id_mask must be given for several people, got None"),
+    ([person(1)] * 9, "identity must be at most 8 people, got 9"),
+    (person(0, 7), "identity must have 4 W+ layers for this bundle, got 7"),
+])
+def test_impossible_people(pipe, who, sentence):
+    with pytest.raises(PidiffError, match="must") as caught:
+        pipe.generate(who, PROMPT)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"bytes", "\ud800", "x" * 10_001])
+def test_impossible_prompts(pipe, prompt):
+    with pytest.raises(PidiffError, match="^prompt must"):
+        pipe.generate(person(), prompt)
+
+
+def test_seeds():
+    assert resolve_seeds(3, 2) == [3, 4] and resolve_seeds([9, 1], None) == [9, 1] and len(resolve_seeds(None, 4)) == 4
+    assert resolve_seeds(np.int64(3), None) == [3]
+
+
+def test_masks_cover_what_the_box_covers():
+    mask = resolve_mask([(0.125, 0, 0.5, 0.375)], 1, 4, 4)
+    assert np.allclose(mask[0], np.outer([1, 0.5, 0, 0], [0.5, 1, 0, 0]))
+    assert np.array_equal(resolve_mask(None, 1, 3, 5), np.ones((1, 3, 5)))
+
+
+# --- identities ------------------------------------------------------------------------------------------------------
+
+def test_identity_file_round_trip(tmp_path, pipe):
+    me = pipe.enroll(drawn_face(200))
+    me.save(tmp_path / "me.safetensors")
+    again = Identity.load(tmp_path / "me.safetensors")
+    assert np.array_equal(again.w_plus, me.w_plus) and np.array_equal(again.face, me.face) and again.encoder == me.encoder
+    assert np.array_equal(picture(pipe, again), picture(pipe, me))
+    assert os.listdir(tmp_path) == ["me.safetensors"]
+
+
+GOOD, NOTES = {"w_plus": np.zeros((4, 512), np.float32)}, {"format": "pidiff-identity", "version": "1"}
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"", "safetensors file"), (b"just text, no tensors at all", "safetensors file"), (save(GOOD, NOTES)[:-5], "safetensors file"),
+    (save(GOOD, NOTES)[:40], "safetensors file"), (b"\xff" * 8 + b"{}", "safetensors file"),
+    (save(GOOD), "written by this version"), (save(GOOD, {**NOTES, "version": "2"}), "written by this version"),
+    (save({"w": GOOD["w_plus"]}, NOTES), "hold w_plus and at most a face"),
+    (save({**GOOD, "more": np.zeros(3, np.float32)}, NOTES), "hold w_plus and at most a face"),
+    (save({**GOOD, "a": np.zeros(3), "b": np.zeros(3)}, NOTES), "at most two tensors"),
+    (save({"w_plus": np.zeros((4, 511), np.float32)}, NOTES), "w_plus must be a float32 array [L, 512], got float32 [4, 511]"),
+    (save({"w_plus": np.zeros((4, 512))}, NOTES), "w_plus must be a float32 array"),
+    (save({"w_plus": np.full((4, 512), np.nan, np.float32)}, NOTES), "w_plus must be finite"),
+    (save({"w_plus": np.full((4, 512), 1e30, np.float32)}, NOTES), "w_plus must be finite"),
+    (save({**GOOD, "face": np.zeros((3, 4, 3), np.uint8)}, NOTES), "face must be a uint8 array [E, E, 3]"),
+    (bytes(9 << 20), "at most 8 MiB"),
+])
+def test_hostile_identity_files(tmp_path, content, sentence):
+    (tmp_path / "me.safetensors").write_bytes(content)
+    with pytest.raises(IdentityError) as caught:
+        Identity.load(tmp_path / "me.safetensors")
+    assert sentence in str(caught.value)
+
+
+def test_missing_identity_file(tmp_path):
+    with pytest.raises(IdentityError, match="identity must be a file written by pidiff-enroll"):
+        Identity.load(tmp_path / "me.safetensors")
+
+
+def test_edit_and_mix(pipe):
+    me, other = person(1), person(2)
+    moved = pipe.edit(me, smile=-1.5)
+    assert np.allclose(moved.w_plus, me.w_plus - 1.5 * pipe.directions["smile"], atol=1e-6)
+    mixed = pipe.mix(me, other, ["middle", "finest"])
+    assert np.array_equal(mixed.w_plus[[0, 2]], me.w_plus[[0, 2]])
+    assert np.allclose(mixed.w_plus[[1, 3]], other.w_plus[[1, 3]], atol=1e-6)
+    assert np.allclose(pipe.mix(me, other, "coarse", 0.25).w_plus[0], 0.75 * me.w_plus[0] + 0.25 * other.w_plus[0], atol=1e-6)
+    with pytest.raises(PidiffError, match="levels must be among coarse, middle, fine, finest, got 'top'"):
+        pipe.mix(me, other, ["top"])
+    with pytest.raises(IdentityError, match=r"layers must lie in \[0, 4\), got \[9\]"):
+        me.mix(other, [9])
+
+
+def test_another_encoder_is_mentioned(pipe):
+    with pytest.warns(UserWarning, match="enrolled with another W. encoder"):
+        pipe.generate(Identity(person().w_plus, encoder="0" * 64), PROMPT)
+
+
+def test_a_bundle_without_matting_says_so(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "b")
+    (tmp_path / "b" / "face_matting.onnx").unlink()
+    data = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    del data["graphs"]["face_matting"], data["files"]["face_matting.onnx"]
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(data))
+    with pytest.warns(UserWarning, match="has no face_matting graph: the background stays in the identity"):
+        face = Pipeline.from_bundle(tmp_path / "b").enroll(drawn_face(256, background=(20, 30, 40))).face
+    assert face[0].mean() < 100
+
+
+def test_background_is_painted_white(pipe):
+    face = pipe.enroll(drawn_face(256, background=(20, 30, 40))).face
+    assert (face[0] == 255).all() and (face[-1] == 255).all() and face[20:40, 20:40].mean() < 230
+
+
+# --- text, schedule, engine ------------------------------------------------------------------------------------------
+
+def test_tokens(tiny):
+    tokenizer = TextTokenizer(Bundle.open(tiny))
+    assert tokenizer.encode("a photo").tolist() == [[0, 2, 3, 1, 1, 1, 1, 1]]
+    assert tokenizer.encode("").tolist() == [[0] + [1] * 7]
+    with pytest.warns(UserWarning, match="prompt must fit 6 tokens, got 8: ignored 'blue red'"):
+        ids = tokenizer.encode("a photo of person red blue blue red")
+    assert ids.tolist() == [[0, 2, 3, 4, 5, 6, 7, 1]]
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_noise_schedule_is_diffusers(kind):
+    diffusers = pytest.importorskip("diffusers")
+    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": kind}
+    expected = diffusers.DDIMScheduler(**config).alphas_cumprod.numpy()
+    assert np.abs(alphas_cumprod(config) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"beta_schedule": "magic"}, {"beta_start": -1.0}, {"num_train_timesteps": "x"},
+                                    {"trained_betas": [0.1]}, {"rescale_betas_zero_snr": True}, {"steps_offset": 1.5},
+                                    {"prediction_type": 3}])
+def test_bad_noise_schedules(change):
+    with pytest.raises(BundleError, match="^schedule.json"):
+        make_schedule(change, "ddim", 5)
+
+
+def test_engine_writes_into_the_bound_arrays(tiny):
+    bundle = Bundle.open(tiny)
+    spec = bundle.graph("text_conditioner")
+    engine = load_engine("onnxruntime")(bundle.file(spec.file), spec, threads=1)
+    embeds, out = np.zeros((1, 8, 6), np.float32), np.full((1, 8, 20), 7, np.float32)
+    engine.bind({"prompt_embeds": embeds, "text_kv": out})
+    engine.run()
+    assert not out.any()
+    embeds += 1  # no copy: the next run sees it, and writes to the same memory
+    engine.run()
+    assert out.any() and np.allclose(out, call(engine, {"prompt_embeds": embeds})["text_kv"])
+
+
+@pytest.mark.parametrize("tensors, match", [
+    ({"prompt_embeds": np.zeros((1, 8, 6))}, "prompt_embeds must be a contiguous .*float32 array, got .*float64"),
+    ({"prompt_embeds": np.zeros((1, 8, 7), np.float32)}, r"\['B', 8, 6\] float32 array, got \[1, 8, 7\]"),
+    ({"prompt_embeds": np.zeros((1, 6, 8), np.float32).transpose(0, 2, 1)}, "contiguous"),
+    ({"embeds": np.zeros(1, np.float32)}, "tensors must be among prompt_embeds, text_kv, got 'embeds'"),
+    ({"prompt_embeds": np.zeros((1, 8, 6), np.float32), "text_kv": np.zeros((2, 8, 20), np.float32)}, r"text_kv must be .* got \[2"),
+])
+def test_engine_checks_tensors(tiny, tensors, match):
+    spec = Bundle.open(tiny).graph("text_conditioner")
+    with pytest.raises(EngineError, match=match):
+        check_tensors((*spec.inputs, *spec.outputs), tensors)
+
+
+def test_fused_nodes_run(tmp_path):
+    """The engine registers the library with the `pidiff` nodes for a fused bundle."""
+    onnx = pytest.importorskip("onnx")
+    value = lambda n: onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["B", "S", 16])
+    node = onnx.helper.make_node("Attention", ["q", "k", "v"], ["out"], domain="pidiff", num_heads=2)
+    graph = onnx.helper.make_graph([node], "g", [value(n) for n in "qkv"], [value("out")])
+    domains = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("pidiff", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=domains, ir_version=9), tmp_path / "g.onnx")
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 16)).astype(np.float32)
+    engine = load_engine("onnxruntime")(tmp_path / "g.onnx", spec_of(tmp_path / "g.onnx"), threads=1, fused=True)
+    assert np.allclose(call(engine, {"q": q, "k": k, "v": v})["out"], _C.attention(q, k, v, 2), atol=1e-5)
+    with pytest.raises(EngineError, match="g.onnx must load in ONNX Runtime"):
+        load_engine("onnxruntime")(tmp_path / "g.onnx", spec_of(tmp_path / "g.onnx"), fused=False)
+
+
+def test_engine_names(tiny):
+    with pytest.raises(EngineError, match=r"engine must be one of .*onnxruntime.*\(installed: .*onnxruntime.*\), got 'tpu'"):
+        Pipeline.from_bundle(tiny, engine="tpu")
+    with pytest.raises(EngineError, match="device must be cpu"):
+        Pipeline.from_bundle(tiny, device="quantum").prepare(PROMPT)
+    with pytest.raises(PidiffError, match="threads must be an integer"):
+        Pipeline.from_bundle(tiny, threads=0)
+
+
+def test_a_graph_that_is_not_onnx(tiny):
+    bundle = Bundle.open(tiny)
+    with pytest.raises(EngineError, match="schedule.json must load in ONNX Runtime .*, got: ") as caught:
+        load_engine("onnxruntime")(bundle.file("schedule.json"), bundle.graph("unet"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("graph, match", [("unet", "step 0|at step"), ("text_encoder", "step"), ("vae_decoder", "the VAE decoder must give finite"),
+                                          ("w_plus_encoder", "w_plus must be finite")])
+def test_nan_weights(tmp_path, graph, match):
+    pipe = Pipeline.from_bundle(write_tiny_bundle(tmp_path / "b", poison=graph), threads=2)
+    with pytest.raises(PidiffError, match=match):
+        pipe.generate(pipe.enroll(drawn_face(128)), PROMPT, seed=1)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "in" / "photo.png"
+    path.parent.mkdir()
+    cv2.imwrite(str(path), drawn_face(256)[..., ::-1])
+    return path
+
+
+def arguments(tiny, photo, out, *more):
+    return ["--bundle", str(tiny), "--face", str(photo), "--prompt", PROMPT, "--out", str(out), "--seed", "3", *map(str, more)]
+
+
+def test_generate_command(tiny, photo, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert cli_generate(arguments(tiny, photo, out, "--json", "--edit", "smile=1.5", "--map", tmp_path / "map.png")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["seed"] == 3 and report["engine"] == "onnxruntime" and report["out"][0] == str(out)
+    assert report["seconds"]["total"] > 0 and {"open", "load", "enroll", "denoise", "decode"} <= set(report["seconds"])
+    assert cv2.imread(str(out)).shape == cv2.imread(str(tmp_path / "map.png")).shape == (32, 32, 3)
+    assert sorted(os.listdir(tmp_path)) == ["in", "map.png", "out.png"]
+    assert out.stat().st_mode & 0o777 == 0o666 & ~files.umask()
+
+
+def test_enrolled_file_gives_the_same_picture(tiny, photo, tmp_path):
+    assert cli_enroll([str(photo), "--bundle", str(tiny), "--out", str(tmp_path / "me.safetensors"),
+                       "--save-face", str(tmp_path / "face.png")]) == 0
+    assert cli_generate(arguments(tiny, photo, tmp_path / "a.png")) == 0
+    assert cli_generate(arguments(tiny, tmp_path / "me.safetensors", tmp_path / "b.png")) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert cv2.imread(str(tmp_path / "face.png")).shape == (64, 64, 3)
+
+
+def test_several_pictures_and_people(tiny, photo, tmp_path):
+    two = ["--face", photo, "--region", "0,0,.5,1", "--region", ".5,0,1,1", "--num-images", 2]
+    assert cli_generate(arguments(tiny, photo, tmp_path / "a.png", *two)) == 0
+    assert sorted(os.listdir(tmp_path)) == ["a-1.png", "a-2.png", "in"]
+
+
+@pytest.mark.parametrize("more, sentence", [
+    (["--face", "/nonexistent.png"], "photo must be a picture file"), (["--steps", "0"], "num_inference_steps must"),
+    (["--engine", "tpu"], "engine must be one of"), (["--device", "quantum"], "device must be cpu"),
+    (["--bundle", "/nonexistent"], "bundle must be a directory"), (["--out", "/nonexistent/o.png"], "in a folder that exists"),
+    (["--out", "o.jpg"], "--out must end in .png"), (["--id-scale", "nan"], "id_scale must be a number"),
+    (["--edit", "beard=1"], "edit must be one of smile"), (["--region", "0,0,1,1", "--region", "0,0,1,1"], "--region must be given once"),
+    (["--seed", "-4"], "seed must be an integer"), (["--threads", "-1"], "threads must be an integer"),
+    (["--face", __file__], "photo must be a PNG, JPEG or WebP picture"), (["--map", "out.png"], "output files must be different"),
+])
+def test_wrong_use_is_one_sentence(tiny, photo, tmp_path, capsys, monkeypatch, more, sentence):
+    monkeypatch.chdir(tmp_path)
+    base = arguments(tiny, photo, "out.png")
+    if more[0] == "--face":
+        base[base.index("--face") + 1] = more[1]
+        more = []
+    assert cli_generate(base + more) == 1
+    out, err = capsys.readouterr()
+    assert sentence in err and err.startswith("pidiff-generate: ") and err.count("\n") == 1 and not out
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("more", [["--level-scale", "1,2"], ["--edit", "smile"], ["--region", "a,b,c,d"], ["--what"]])
+def test_usage_errors(tiny, photo, tmp_path, more):
+    with pytest.raises(SystemExit) as caught:
+        cli_generate(arguments(tiny, photo, tmp_path / "o.png", *more))
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("error, code, sentence", [
+    (KeyboardInterrupt(), 130, "stopped"), (MemoryError(), 1, "memory must be enough"),
+    (OSError(28, "No space left on device", "/x"), 1, "the disk is full"), (RuntimeError("a\nb"), 1, "unexpected RuntimeError: a b"),
+])
+def test_anything_else_is_one_sentence_too(tiny, photo, tmp_path, capsys, monkeypatch, error, code, sentence):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Pipeline, "generate", fail)
+    assert cli_generate(arguments(tiny, photo, tmp_path / "out.png")) == code
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1 and os.listdir(tmp_path) == ["in"]
+
+
+def test_an_interrupted_write_keeps_the_old_picture(tiny, photo, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out.png").write_bytes(b"old")
+    for error, code in ((KeyboardInterrupt(), 130), (OSError(28, "full"), 1)):
+        def fail(_, error=error):
+            raise error
+
+        monkeypatch.setattr(files.os, "fsync", fail)
+        assert cli_generate(arguments(tiny, photo, tmp_path / "out.png")) == code
+        assert (tmp_path / "out.png").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["in", "out.png"]
+    assert "out.png must be writable, got: the disk is full" in capsys.readouterr().err
+
+
+def subprocess_run(code, *args, **options):
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, **options)
+
+
+def test_full_disk_for_real(tiny, photo, tmp_path):
+    """A limit on file sizes stands for a disk that fills up while the picture is written."""
+    code = "import sys; from pidiff.runtime.__main__ import generate; sys.exit(generate(sys.argv[1:]))"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    done = subprocess_run(code, *arguments(tiny, photo, tmp_path / "out.png"), preexec_fn=limit)
+    assert done.returncode == 1 and "out.png must be writable, got: the file would be larger than the limit" in done.stderr
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_ctrl_c_for_real(tiny, photo, tmp_path):
+    code = ("import sys, os, signal; from pidiff.runtime import pipeline; from pidiff.runtime.__main__ import generate\n"
+            "old = pipeline.Pipeline._decode\n"
+            "pipeline.Pipeline._decode = lambda *a: (os.kill(os.getpid(), signal.SIGINT), old(*a))[1]\n"
+            "sys.exit(generate(sys.argv[1:]))")
+    done = subprocess_run(code, *arguments(tiny, photo, tmp_path / "out.png"))
+    assert done.returncode == 130 and done.stderr.strip() == "pidiff-generate: stopped" and os.listdir(tmp_path) == ["in"]
+
+
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "diffusers", "transformers", "onnx", "PIL", "scipy"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocker())
+from pidiff.runtime.__main__ import enroll, generate
+bundle, photo, out = sys.argv[1:]
+args = ["--bundle", bundle] if bundle else []
+assert enroll([photo, "--out", out + ".safetensors", *args]) == 0
+assert generate(["--face", out + ".safetensors", "--prompt", "a photo", "--out", out, "--steps", "2", *args]) == 0
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("bundle", ["tiny", pytest.param("mini", marks=needs_mini)])
+def test_runs_without_torch(tiny, photo, tmp_path, bundle):
+    done = subprocess_run(BLOCKED, tiny if bundle == "tiny" else "", photo, tmp_path / "out.png")
+    assert done.returncode == 0, done.stderr
+    assert cv2.imread(str(tmp_path / "out.png")).std() > 1
+
+
+def test_importing_is_light():
+    code = "import sys, pidiff.runtime.__main__, pidiff.runtime; print([m for m in ('cv2', 'onnxruntime', 'torch', 'numpy') if m in sys.modules])"
+    assert subprocess_run(code).stdout.strip() == "[]"
+
+
+def test_warnings_are_plain_on_the_command_line(tiny, photo, tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        args = arguments(tiny, photo, tmp_path / "o.png")
+        args[args.index(PROMPT)] = "a photo of person red blue blue red"
+        assert cli_generate(args) == 0
+    assert "pidiff-generate: warning: prompt must fit 6 tokens, got 8: ignored 'blue red'\n" == capsys.readouterr().err
