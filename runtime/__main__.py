@@ -44,8 +44,10 @@ def _generate_parser():
     parser.add_argument("--scheduler", choices=SOLVERS, help="solver (default: the bundle's, usually dpmpp_2m)")
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="how strictly to follow the prompt; 1 = off")
     parser.add_argument("--id-scale", type=float, default=1.0, metavar="X", help="strength of the identity; 0 = base model")
-    parser.add_argument("--id-start", type=float, default=0.0, metavar="X", help="part of the steps without identity, 0 to 1")
-    parser.add_argument("--level-scale", type=_numbers(4), default=(1.0,) * 4, metavar="C,M,F,F", help="strength of the W+ levels: coarse, middle, fine, finest")
+    parser.add_argument("--id-start", type=float, default=0.0, metavar="X",
+                        help="part of the steps, from the start, without the identity, 0 to 1")
+    parser.add_argument("--level-scale", type=_numbers(4), default=(1.0,) * 4, metavar="C,M,F,F",
+                        help="strength of the W+ levels: coarse, middle, fine, finest")
     parser.add_argument("--edit", type=_edit, action="append", default=[], metavar="NAME=X",
                         help="move the person along a direction of the bundle, e.g. smile=1.5 (standard deviations)")
     parser.add_argument("--region", type=_numbers(4), action="append", metavar="X0,Y0,X1,Y1",

@@ -23,7 +23,8 @@ class Identity:
 
     def __post_init__(self):
         w = self.w_plus
-        ok = isinstance(w, np.ndarray) and w.ndim == 2 and w.dtype == np.float32 and 0 < w.shape[0] <= 64 and w.shape[1] == 512
+        ok = (isinstance(w, np.ndarray) and w.ndim == 2 and w.dtype == np.float32 and 0 < w.shape[0] <= 64
+              and w.shape[1] == 512)
         require(ok, "w_plus", "be a float32 array [L, 512]", _describe(w), IdentityError)
         require(np.isfinite(w).all() and np.abs(w).max() < MAX_ABS, "w_plus", f"be finite and below {MAX_ABS:g}",
                 "values that are not", IdentityError)
@@ -66,7 +67,7 @@ class Identity:
             raise IdentityError(f"identity {path} cannot be used: {e}") from e
 
     def edit(self, name, strength, directions):
-        """Return the identity moved by `strength` steps along directions[name] ([L,512], a step = one standard deviation)."""
+        """Return the identity moved by `strength` standard deviations along directions[name], [L,512]."""
         require(name in directions, "edit", f"be one of {', '.join(sorted(directions)) or '(the bundle has none)'}",
                 repr(name), IdentityError)
         require(np.isfinite(strength) and abs(strength) <= 20, f"edit {name}", "be a strength in [-20, 20]", strength,
@@ -78,7 +79,8 @@ class Identity:
         require(self.w_plus.shape == other.w_plus.shape, "other", f"have {len(self.w_plus)} W+ layers", len(other.w_plus),
                 IdentityError)
         layers = sorted({int(i) for i in layers})
-        require(all(0 <= i < len(self.w_plus) for i in layers), "layers", f"lie in [0, {len(self.w_plus)})", layers, IdentityError)
+        inside = all(0 <= i < len(self.w_plus) for i in layers)
+        require(inside, "layers", f"lie in [0, {len(self.w_plus)})", layers, IdentityError)
         require(0 <= amount <= 1, "amount", "lie in [0, 1]", amount, IdentityError)
         w_plus = self.w_plus.copy()
         w_plus[layers] += np.float32(amount) * (other.w_plus[layers] - w_plus[layers])

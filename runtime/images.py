@@ -96,7 +96,8 @@ def _read(photo):
             fault = "does not exist" if not path.exists() else "is a folder" if path.is_dir() else "is no regular file"
             raise FaceError(f"photo must be a picture file, got {path}, which {fault}")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise FaceError(f"photo must be at most {MAX_FILE_BYTES >> 20} MiB, got {path.stat().st_size >> 20} MiB in {path}")
+            size = path.stat().st_size >> 20
+            raise FaceError(f"photo must be at most {MAX_FILE_BYTES >> 20} MiB, got {size} MiB in {path}")
         return path.read_bytes()
     except OSError as e:
         raise FaceError(f"photo must be readable, got {path}: {reason(e)}") from e

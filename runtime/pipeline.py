@@ -176,7 +176,8 @@ class Pipeline:
         with self._stage("denoise"):
             latents = _C.randn(seeds, self.bundle.manifest.model.latent_shape)
             latents *= np.float32(plan.schedule.init_noise_sigma)
-            identity_map = denoiser.run(plan, latents, seeds, float(options.guidance_scale), conditions(len(seeds)), watch.step)
+            identity_map = denoiser.run(plan, latents, seeds, float(options.guidance_scale), conditions(len(seeds)),
+                                        watch.step)
         return latents, identity_map
 
     def _decode(self, latents):

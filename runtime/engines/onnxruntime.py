@@ -34,7 +34,8 @@ class OnnxRuntimeEngine:
         have = {v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())}
         want = {t.name for t in (*spec.inputs, *spec.outputs)}
         if have != want:
-            raise EngineError(f"{Path(path).name} must have the tensors of its manifest, got {sorted(have ^ want)} in one only")
+            raise EngineError(f"{Path(path).name} must have the tensors of its manifest, "
+                              f"got {sorted(have ^ want)} in one of them only")
         self._binding = self._session.io_binding()
 
     def inputs(self):
