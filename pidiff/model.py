@@ -112,7 +112,8 @@ def load_vae(folder: Path) -> nn.Module:
 
 def _load_text(folder: Path):
     from transformers import CLIPTextModel, CLIPTokenizer
-    return (CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).eval(),
+    # transformers keeps the stored dtype; diffusers' models come in float32.
+    return (CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).float().eval(),
             CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
 
