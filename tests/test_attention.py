@@ -1,8 +1,4 @@
-"""Both attention primitives through every implementation and every carrier, against float64 references.
-
-The rule: the error against float64 may be at most twice the error of the same maths done in the kernel's own dtype
-(numpy), plus a floor: a few float32 roundings of the values that are averaged, and the rounding of the result.
-"""
+"""Both attention primitives through every implementation and every carrier; references.py has the rule of error."""
 
 from __future__ import annotations
 
@@ -14,54 +10,9 @@ import numpy as np
 import pytest
 
 import pidiff._C as core
+from references import attention_reference, identity_inputs, identity_mix_reference, require_close
 
 Array = np.ndarray
-
-
-def attention_reference(q: Array, k: Array, v: Array, heads: int, dtype: type) -> Array:
-    """softmax(q k^T / sqrt(d)) v with every intermediate in `dtype`; [B, S, C]."""
-    batch, queries, channels = q.shape
-    dim = channels // heads
-
-    def split(x: Array) -> Array:
-        return x.astype(dtype).reshape(batch, -1, heads, dim).transpose(0, 2, 1, 3)
-
-    logits = split(q) @ split(k).transpose(0, 1, 3, 2) * dtype(1 / np.sqrt(dim))
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights = weights / weights.sum(-1, keepdims=True, dtype=dtype)
-    return (weights @ split(v)).transpose(0, 2, 1, 3).reshape(batch, queries, channels)
-
-
-def identity_mix_reference(
-    h: Array, y: Array, a: Array, v: Array, mask: Array, scale: Array, heads: int, null: bool, dtype: type
-) -> tuple[Array, Array]:
-    """The folded identity term with its residual add, every intermediate in `dtype`; ([B, S, C], [B, P, S])."""
-    h, y, a, v, mask, scale = (x.astype(dtype) for x in (h, y, a, v, mask, scale))
-    batch, queries, channels = h.shape
-    people, tokens = v.shape[1:3]
-    dim, columns = channels // heads, tokens + int(null)
-    logits = (y[:, None] @ a).reshape(batch, people, queries, heads, columns)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights = (weights / weights.sum(-1, keepdims=True, dtype=dtype))[..., :tokens]
-    values = v.reshape(batch, people, tokens, heads, dim)
-    mixed = np.einsum("bpsht,bpthd->bpshd", weights, values).reshape(batch, people, queries, channels)
-    out = h + scale[:, None, None] * (mask[..., None] * mixed).sum(1, dtype=dtype)
-    mass = weights.sum(-1, dtype=dtype).mean(-1, dtype=dtype) if null else np.zeros((batch, people, queries), dtype)
-    return out, mass
-
-
-def require_close(got: Array, exact: Array, same_dtype: Array, *summed: Array) -> None:
-    """Apply the rule of this file; `summed` are the arrays whose values the result is a sum of."""
-    assert got.shape == exact.shape
-    if not exact.size:
-        return
-    largest = max((float(np.abs(x).max()) for x in summed if x.size), default=1.0)
-    floor = 4 * float(np.finfo(np.float32).eps) * largest
-    floor += 0.5 * float(np.finfo(got.dtype).eps) * float(np.abs(exact).max())
-    error = float(np.abs(got.astype(np.float64) - exact).max())
-    allowed = 2 * float(np.abs(same_dtype.astype(np.float64) - exact).max()) + floor
-    assert error <= allowed, f"error {error:.3g} over {allowed:.3g}"
-
 
 # --- carriers: name -> (attention, identity_mix) --------------------------------------------------------------------
 
@@ -222,7 +173,7 @@ def test_attention_is_repeatable(rng, carrier):
 
 @needs_torch
 def test_references_agree_with_torch(rng):
-    """This file's reference is torch's scaled_dot_product_attention."""
+    """The reference is torch's scaled_dot_product_attention."""
     import torch
 
     q, k, v = (rng.standard_normal((2, n, 80)) for n in (9, 7, 7))
@@ -234,14 +185,6 @@ def test_references_agree_with_torch(rng):
 
 
 # --- identity_mix ---------------------------------------------------------------------------------------------------
-
-
-def identity_inputs(rng, dtype, queries, heads, dim, people, tokens, null, batch=2):
-    channels = heads * dim
-    h, y = (rng.standard_normal((batch, queries, channels)).astype(dtype) for _ in range(2))
-    a = (rng.standard_normal((batch, people, channels, heads * (tokens + null))) / np.sqrt(channels)).astype(dtype)
-    v = rng.standard_normal((batch, people, tokens, channels)).astype(dtype)
-    return h, y, a, v, rng.random((batch, people, queries)).astype(dtype), rng.random(batch).astype(dtype)
 
 
 @carriers
@@ -384,53 +327,3 @@ def test_cuda_absence_is_one_sentence(rng):
     q = rng.standard_normal((1, 5, 16)).astype(np.float32)
     with pytest.raises(RuntimeError, match="implementation must be one that runs on this machine, got cuda"):
         core.attention(q, q, q, 2, "cuda")
-
-
-# --- CUDA: compiled wherever nvcc is, run only where there is a GPU -------------------------------------------------
-
-cuda = [pytest.mark.cuda, pytest.mark.skipif(not core.has_cuda(), reason="no CUDA kernels or no GPU")]
-CUDA_DTYPES = ["float32", "float16", "bfloat16"]
-
-
-def cuda_dtype(name: str) -> type:
-    if name == "bfloat16":
-        return pytest.importorskip("ml_dtypes").bfloat16
-    return getattr(np, name)
-
-
-def require_close_cuda(got: Array, exact: Array, dtype: type) -> None:
-    """Probabilities pass through 16 bits on their way to the tensor cores, hence a few roundings of the result."""
-    unit = {2: 2.0**-8 if dtype not in (np.float16,) else 2.0**-11, 4: 2.0**-22}[np.dtype(dtype).itemsize]
-    np.testing.assert_allclose(got.astype(np.float64), exact, atol=4 * unit * max(1.0, float(np.abs(exact).max(initial=0))))
-
-
-class TestCuda:
-    pytestmark = cuda
-
-    @pytest.mark.parametrize("name", CUDA_DTYPES)
-    @pytest.mark.parametrize("queries,keys", [(1, 1), (77, 77), (129, 300), (65, 77), (4096, 4096)])
-    @pytest.mark.parametrize("dim", [8, 40, 64, 80, 100, 160])
-    def test_attention(self, rng, name, queries, keys, dim):
-        dtype = cuda_dtype(name)
-        q, k, v = (rng.standard_normal((1, n, 2 * dim)).astype(dtype) for n in (queries, keys, keys))
-        got = core.attention(q, k, v, 2, "cuda")
-        rows = slice(None) if queries < 1000 else np.r_[0:8, 2040:2056, 4090:4096]
-        require_close_cuda(got[:, rows], attention_reference(q[:, rows], k, v, 2, np.float64), dtype)
-
-    @pytest.mark.parametrize("name", CUDA_DTYPES)
-    def test_attention_strided(self, rng, name):
-        dtype = cuda_dtype(name)
-        packed = rng.standard_normal((4, 77, 3 * 80)).astype(dtype)[::2]
-        q, k, v = packed[..., :80], packed[..., 80:160], packed[..., 160:]
-        require_close_cuda(core.attention(q, k, v, 2, "cuda"), attention_reference(q, k, v, 2, np.float64), dtype)
-
-    @pytest.mark.parametrize("name", CUDA_DTYPES)
-    @pytest.mark.parametrize("null", [True, False])
-    @pytest.mark.parametrize("people", [0, 1, 3])
-    @pytest.mark.parametrize("queries,heads,dim,tokens", [(1, 8, 8, 4), (77, 8, 40, 4), (129, 2, 80, 1), (64, 8, 160, 16)])
-    def test_identity_mix(self, rng, name, null, people, queries, heads, dim, tokens):
-        dtype = cuda_dtype(name)
-        inputs = identity_inputs(rng, dtype, queries, heads, dim, people, tokens, null)
-        exact = identity_mix_reference(*inputs, heads, null, np.float64)
-        for got, expected in zip(core.identity_mix(*inputs, heads, null, "cuda"), exact):
-            require_close_cuda(got, expected, dtype)

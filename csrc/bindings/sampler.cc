@@ -220,7 +220,7 @@ void py_sample(const Schedule& schedule, const py::array& latents, const Seeds& 
 }  // namespace
 
 void bind_sampler(py::module_& m) {
-  py::register_exception<Cancelled>(m, "Cancelled");
+  py::setattr(py::register_exception<Cancelled>(m, "Cancelled"), "__doc__", py::str("on_step asked sample() to stop."));
   m.def("randn", &py_randn, py::arg("seeds"), py::arg("shape"), py::arg("stream") = 0,
         "Gaussian noise, float32 [len(seeds), c, h, w]. Each image depends on its own seed, the stream and the\n"
         "position within it, never on the batch (Philox4x32-10).");

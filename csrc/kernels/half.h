@@ -1,4 +1,5 @@
-// IEEE half precision by bit operations: for compilers and processors without a half type.
+// IEEE half precision by bit operations: for compilers and processors without a half type. `static`, because files
+// with different processor flags include it (see attention_cpu.h).
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,7 @@
 
 namespace pidiff {
 
-inline float half_to_float(std::uint16_t half) {
+static inline float half_to_float(std::uint16_t half) {
   const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
   const std::uint32_t magnitude = static_cast<std::uint32_t>(half & 0x7fffu) << 13;
   // Shifted into place the exponent is 112 too small; the multiplication repairs it and normalises subnormals.
@@ -22,7 +23,7 @@ inline float half_to_float(std::uint16_t half) {
 }
 
 // Round to nearest, ties to even; overflow gives infinity.
-inline std::uint16_t float_to_half(float value) {
+static inline std::uint16_t float_to_half(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, 4);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;

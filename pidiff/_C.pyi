@@ -1,0 +1,104 @@
+"""
+PIDiff's C++ core: attention kernels, noise, solvers and the denoising loop.
+"""
+from __future__ import annotations
+import collections.abc
+import numpy
+import numpy.typing
+import typing
+__all__: list[str] = ['Cancelled', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'has_cuda', 'identity_mix', 'randn', 'sample']
+class Cancelled(Exception):
+    pass
+class Schedule:
+    """
+    The timesteps, noise levels and solver coefficients of one generation. Immutable.
+    
+    alphas_cumprod: float64, one per training timestep. Raises ValueError for impossible values.
+    """
+    def __init__(self, solver: str, alphas_cumprod: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], num_inference_steps: typing.SupportsInt | typing.SupportsIndex, prediction_type: str = 'epsilon', timestep_spacing: str = 'leading', steps_offset: typing.SupportsInt | typing.SupportsIndex = 0, use_karras_sigmas: bool = False, final_sigmas_type: str = 'zero', set_alpha_to_one: bool = True, original_inference_steps: typing.SupportsInt | typing.SupportsIndex = 50, timestep_scaling: typing.SupportsFloat | typing.SupportsIndex = 10.0) -> None:
+        ...
+    def __len__(self) -> int:
+        ...
+    def __repr__(self) -> str:
+        ...
+    @property
+    def init_noise_sigma(self) -> float:
+        """
+        The first latents are this times unit noise.
+        """
+    @property
+    def needs_noise(self) -> bool:
+        """
+        Whether steps draw fresh noise (euler_ancestral, lcm).
+        """
+    @property
+    def prediction_type(self) -> str:
+        ...
+    @property
+    def sigmas(self) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        float32 [N + 1]: sqrt((1 - a) / a) per step, then where the schedule ends.
+        """
+    @property
+    def solver(self) -> str:
+        ...
+    @property
+    def timestep_spacing(self) -> str:
+        ...
+    @property
+    def timesteps(self) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        float32 [N]: what the model is conditioned on.
+        """
+class Solver:
+    """
+    Steps a Schedule by hand: step 0 starts afresh, then 1, 2, ... in order.
+    """
+    def __init__(self, schedule: Schedule) -> None:
+        ...
+    def scale_model_input(self, step: typing.SupportsInt | typing.SupportsIndex, latents: typing.Annotated[numpy.typing.ArrayLike, numpy.float32]) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        What the model is given for these latents at this step.
+        """
+    def step(self, step: typing.SupportsInt | typing.SupportsIndex, model_output: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], latents: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], noise: typing.Annotated[numpy.typing.ArrayLike, numpy.float32] | None = None) -> tuple[numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.float32]]:
+        """
+        Returns (the next latents, the clean prediction); float32 arrays of one shape throughout.
+        """
+def attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, num_heads: typing.SupportsInt | typing.SupportsIndex, implementation: str = 'auto') -> numpy.ndarray:
+    """
+    softmax(q k^T / sqrt(C / num_heads)) v per head.
+    
+    q [B, S, C], k and v [B, T, C], float32 or float16 (bfloat16 too with implementation="cuda"), contiguous
+    along the last axis; returns [B, S, C] in the same dtype. Arithmetic is float32.
+    """
+def cpu_implementations() -> list[str]:
+    """
+    CPU implementations that run on this machine, slowest first; "auto" takes the last.
+    """
+def has_cuda() -> bool:
+    """
+    Whether CUDA kernels were compiled in and a device is there to run them.
+    """
+def identity_mix(h: numpy.ndarray, y: numpy.ndarray, a: numpy.ndarray, v_id: numpy.ndarray, mask: numpy.ndarray, scale: numpy.ndarray, num_heads: typing.SupportsInt | typing.SupportsIndex, has_null: bool, implementation: str = 'auto') -> tuple[numpy.ndarray, numpy.ndarray]:
+    """
+    The folded identity term with its residual add: h + scale * sum_p mask_p * softmax(y a_p) v_p, per head.
+    
+    h and y [B, S, C], a [B, P, C, num_heads * T'] with T' = T + 1 (null key last) or T, v_id [B, P, T, C],
+    mask [B, P, S], scale [B]. Returns (out [B, S, C], id_mass [B, P, S]): id_mass is the probability that went
+    to real identity tokens, averaged over heads, and zero without a null key.
+    """
+def randn(seeds: collections.abc.Iterable[int], shape: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], stream: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.float32]:
+    """
+    Gaussian noise, float32 [len(seeds), c, h, w]. Each image depends on its own seed, the stream and the
+    position within it, never on the batch (Philox4x32-10).
+    """
+def sample(schedule: Schedule, latents: numpy.ndarray, seeds: collections.abc.Iterable[int], guidance_scale: typing.SupportsFloat | typing.SupportsIndex, model_input: numpy.ndarray, model_output: numpy.ndarray, call_engine: typing.Any, on_step: typing.Any = None) -> None:
+    """
+    The denoising loop. latents float32 [B, c, h, w], already times init_noise_sigma, are advanced in place.
+    
+    Per step: writes the scaled latents to model_input [M, c, h, w] (M = 2B: unconditional rows, then conditional
+    ones; M = B where guidance_scale is 1), calls call_engine(step), which must fill model_output [M, c, h, w]
+    (either buffer float32 or float16), then does guidance and the solver step in one pass, then calls
+    on_step(step, latents, denoised): True stops with Cancelled. Both arrays are reused: copy what you keep.
+    Runs without the GIL but for the callbacks. RuntimeError names the step at which latents are not finite.
+    """
