@@ -47,6 +47,9 @@ class LatentSize:
 
     aspect = 1.0
 
+    def __init__(self, unet: "UNet2DConditionModel"):
+        self.hook = unet.register_forward_pre_hook(self, with_kwargs=True)
+
     def __call__(self, module, args, kwargs):
         sample = kwargs.get("sample", args[0] if args else None)
         self.aspect = sample.shape[-2] / sample.shape[-1]
@@ -71,8 +74,7 @@ def attach(unet: "UNet2DConditionModel", config: AdapterConfig) -> IdentityAdapt
 
 def set_processors(unet: "UNet2DConditionModel", adapter: IdentityAdapter) -> None:
     """Route the attn2 layers of `unet` through `adapter`; attn1 is left as it is."""
-    sizes = LatentSize()
-    unet.register_forward_pre_hook(sizes, with_kwargs=True)
+    sizes = LatentSize(unet)
     processors = dict(unet.attn_processors)
     for index, name in enumerate(adapter.layer_names):
         processors[name] = IdentityAttnProcessor(adapter, index, sizes)
@@ -80,5 +82,12 @@ def set_processors(unet: "UNet2DConditionModel", adapter: IdentityAdapter) -> No
 
 
 def detach(unet: "UNet2DConditionModel") -> None:
-    """Give the UNet its default processors back."""
-    unet.set_default_attn_processor()
+    """Give the attn2 layers of `unet` diffusers' processor back."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    processors = dict(unet.attn_processors)
+    for name, processor in processors.items():
+        if isinstance(processor, IdentityAttnProcessor):
+            processor.sizes.hook.remove()
+            processors[name] = AttnProcessor2_0()
+    unet.set_attn_processor(processors)
