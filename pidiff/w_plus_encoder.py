@@ -4,6 +4,7 @@ Module names are those of the published state dict, so a published e4e encoder l
 """
 
 import math
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class WPlusEncoder(nn.Module):
 
     def forward(self, face: Tensor) -> Tensor:
         taps = []
-        ends = torch.tensor(self.config.stage_blocks).cumsum(0).tolist()
+        ends = list(accumulate(self.config.stage_blocks))
         x = self.input_layer(face)
         for i, block in enumerate(self.body, 1):
             x = block(x)
