@@ -45,8 +45,8 @@ class WPlusEncoderConfig:
 
 
 E4E_FFHQ = WPlusEncoderConfig()
-W_PLUS_MINI = WPlusEncoderConfig(input_size=128, num_styles=12, stem_channels=24, stage_channels=(24, 48, 96, 192),
-                                 stage_blocks=(1, 2, 3, 2), head_channels=64)
+W_PLUS_MINI = WPlusEncoderConfig(input_size=64, num_styles=12, stem_channels=32, stage_channels=(32, 64, 128, 192),
+                                 stage_blocks=(1, 2, 3, 2), head_channels=48)
 
 
 @dataclass(frozen=True)

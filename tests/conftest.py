@@ -14,3 +14,19 @@ import pytest
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator seeded from the test's name."""
     return np.random.default_rng(list(request.node.name.encode()))
+
+
+@pytest.fixture(scope="session")
+def people_folder(tmp_path_factory: pytest.TempPathFactory):
+    """A training folder with 20 drawn people."""
+    from drawn_people import write_people
+
+    return write_people(tmp_path_factory.mktemp("people"))
+
+
+@pytest.fixture(scope="session")
+def people(people_folder):
+    """Its training split at 64 px."""
+    from pidiff.data.people import load_people
+
+    return load_people(people_folder, 64)

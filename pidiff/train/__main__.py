@@ -36,6 +36,8 @@ PRESETS = {
     "adapter": TrainConfig(steps=5000, batch_size=32, learning_rate=2e-4, decay=0.5, ema_decay=0.998),
 }
 
+SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "base": 128, "adapter": 128}
+
 
 def _trainer(args, model, export) -> Trainer:
     return Trainer(model, copy.deepcopy(model), args.config, args.model / ".state" / args.stage, export)
@@ -71,7 +73,7 @@ def train_encoder(args, people: People) -> None:
 
     trainer = _trainer(args, model, export)
     trainer.run(EncoderLoss(model, people, args.config.batch_size, args.config.device))
-    print("held-out", encoder_scores(trainer.ema.cpu().eval(), load_people(args.data, 128, "validation")))
+    print("held-out", encoder_scores(trainer.ema.cpu().eval(), load_people(args.data, SIZES["encoder"], "validation")))
 
 
 def train_matting(args, people: People) -> None:
@@ -126,7 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
-        people = load_people(args.data, 128, "train", args.people_limit)
+        people = load_people(args.data, SIZES[args.stage], "train", args.people_limit)
         if len(people) == 0:
             raise ValueError(f"data must hold at least one picture of the training split, got none in {args.data}")
         args.model.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -168,5 +169,7 @@ class AdapterLoss(BaseLoss):
 @torch.no_grad()
 def encoder_bank(encoder: nn.Module, people: People) -> np.ndarray:
     """Codes [N, L, 512] of every picture, background painted white as in `enroll`."""
-    white = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images, people.masks)]
+    size = encoder.config.input_size
+    white = [cv2.resize(composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)), (size, size), interpolation=cv2.INTER_AREA)
+             for i, m in zip(people.images, people.masks)]
     return torch.cat([encoder(to_tensor(np.stack(white[i:i + 50]))) for i in range(0, len(white), 50)]).numpy()

@@ -1,0 +1,118 @@
+"""Our CUDA attention with the folded identity term against PyTorch's fused attention, at Stable Diffusion 1.5's shapes.
+
+    python benchmarks/gpu_attention.py libgpu_attention.so
+
+Per layer and dtype: checks against float64 first, then times. `ours` is attention + identity_mix in place; `torch` is
+scaled_dot_product_attention over the text, the identity query projection, scaled_dot_product_attention over the
+identity keys (null key included), and the masked add. Called by gpu_check.sh; not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+BATCH, TOKENS, PEOPLE, HEADS = 2, 4, 1, 8
+LAYERS = [(4096, 320), (1024, 640), (256, 1280), (64, 1280)]  # positions, channels
+
+
+def milliseconds(torch, function, repeats: int = 50) -> float:
+    """Median over repeats, by CUDA events."""
+    for _ in range(5):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2]
+
+
+class Layer:
+    """Inputs of one cross-attention layer and both ways to compute it."""
+
+    def __init__(self, torch, library, queries: int, keys: int, channels: int, dtype) -> None:
+        self.torch, self.library, self.dim = torch, library, channels // HEADS
+        self.code = [torch.float32, torch.float16, torch.bfloat16].index(dtype)
+        new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
+        self.q, self.x = new(BATCH, queries, channels), new(BATCH, queries, channels)
+        self.k, self.v = new(BATCH, keys, channels), new(BATCH, keys, channels)
+        self.w_q = new(channels, channels) / channels**0.5
+        self.k_id = new(BATCH, PEOPLE, TOKENS + 1, channels)
+        self.v_id = new(BATCH, PEOPLE, TOKENS, channels)
+        self.mask, self.scale = new(BATCH, PEOPLE, queries).abs().clamp(0, 1), new(BATCH)
+        keys_by_head = self.k_id.double().unflatten(-1, (HEADS, -1))
+        weights = self.w_q.double().unflatten(0, (HEADS, -1))
+        fold = torch.einsum("bpthd,hdc->bpcht", keys_by_head, weights) / self.dim**0.5
+        self.a = fold.flatten(-2).to(dtype).contiguous()
+        self.out, self.mass = torch.empty_like(self.q), torch.empty_like(self.mask)
+
+    def sizes(self, *values: int):
+        return map(ctypes.c_int64, values)
+
+    def attention(self, k, v) -> None:
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (self.q, k, v, self.out))
+        stream = ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
+        sizes = self.sizes(BATCH, self.q.shape[1], k.shape[1], HEADS, self.dim)
+        if self.library.device_attention(self.code, *pointers, *sizes, stream):
+            raise SystemExit("device_attention failed")
+
+    def ours(self):
+        self.attention(self.k, self.v)
+        tensors = (self.out, self.x, self.a, self.v_id, self.mask, self.scale, self.out, self.mass)
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in tensors)
+        sizes = self.sizes(BATCH, self.q.shape[1], self.q.shape[2], HEADS, TOKENS, PEOPLE)
+        stream = ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
+        if self.library.device_identity_mix(self.code, *pointers, *sizes, 1, stream):
+            raise SystemExit("device_identity_mix failed")
+        return self.out
+
+    def theirs(self, q=None, convert=lambda t: t):
+        """The unfolded form; `convert` widens every input for the reference."""
+        torch = self.torch
+        split = lambda t: convert(t).unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
+        merge = lambda t: t.transpose(1, 2).flatten(-2)  # noqa: E731
+        attend = torch.nn.functional.scaled_dot_product_attention
+        h = merge(attend(split(self.q), split(self.k), split(self.v)))
+        q_id = (convert(self.x) @ convert(self.w_q).T).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        v_id = torch.nn.functional.pad(self.v_id[:, 0], (0, 0, 0, 1))
+        identity = merge(attend(q_id, split(self.k_id[:, 0]), split(v_id)))
+        return h + convert(self.scale)[:, None, None] * convert(self.mask)[:, 0, :, None] * identity
+
+    def self_attention(self) -> tuple:
+        split = lambda t: t.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
+        attend = self.torch.nn.functional.scaled_dot_product_attention
+        return (lambda: self.attention(self.x, self.x)), (lambda: attend(split(self.q), split(self.x), split(self.x)))
+
+
+def main() -> int:
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed: nothing to compare with")
+        return 0
+    if not torch.cuda.is_available():
+        print("PyTorch has no CUDA: nothing to compare with")
+        return 0
+    library = ctypes.CDLL(sys.argv[1])
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {BATCH}, median of 50, milliseconds")
+    print("dtype      S     C   d | cross ours  torch | self ours  torch | error ours  torch (max, against float64)")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for queries, channels in LAYERS:
+            layer = Layer(torch, library, queries, 77, channels, dtype)
+            exact = layer.theirs(convert=lambda t: t.double())
+            error, their_error = ((r().double() - exact).abs().max().item() for r in (layer.ours, layer.theirs))
+            if not error <= 4 * their_error + 1e-5:
+                raise SystemExit(f"wrong result at S {queries}, C {channels}, {dtype}: error {error}")
+            cross = [milliseconds(torch, f) for f in (layer.ours, layer.theirs)]
+            own = [milliseconds(torch, f) for f in layer.self_attention()]
+            print(f"{str(dtype)[6:]:9}{queries:5}{channels:6}{channels // HEADS:4} |{cross[0]:11.4f}{cross[1]:7.4f} |"
+                  f"{own[0]:10.4f}{own[1]:7.4f} |{error:11.2e}{their_error:9.1e}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Every training stage runs, learns, writes what the next stage reads, and goes on after a stop."""
+
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pidiff.autoencoder import PatchAutoencoder
+from pidiff.train.__main__ import main
+from pidiff.train.base import localisation_loss
+from pidiff.train.common import TrainConfig, Trainer, average, stratified_timesteps, to_images, to_tensor
+
+
+def run(stage, data, model, *more):
+    return main([stage, "--data", str(data), "--model", str(model), "--steps", "2", "--batch-size", "4", "--save-every", "1", *more])
+
+
+@pytest.fixture(scope="module")
+def trained(people_folder, tmp_path_factory):
+    """A model folder after two steps of every stage."""
+    model = tmp_path_factory.mktemp("model")
+    for stage in ("vae", "encoder", "matting", "base"):
+        assert run(stage, people_folder, model) == 0, stage
+    return model
+
+
+def test_stages_make_a_model_folder_that_loads_and_adapts(trained, people_folder):
+    from pidiff.model import load_model
+    before = load_model(trained)
+    assert run("adapter", people_folder, trained) == 0
+    after = load_model(trained)
+    same = [torch.equal(a, b) for a, b in zip(before.unet.parameters(), after.unet.parameters())]
+    moved = [not torch.equal(a, b) for a, b in zip(before.adapter.parameters(), after.adapter.parameters())]
+    assert all(same) and any(moved)
+
+
+def test_a_finished_stage_is_not_trained_again(trained, people_folder):
+    log = trained / ".state" / "vae" / "state.pt"
+    before = log.read_bytes()
+    assert run("vae", people_folder, trained) == 0
+    assert torch.load(log, weights_only=True)["step"] == 2 and len(before) == log.stat().st_size
+
+
+def test_resume_is_exact(tmp_path):
+    def trainer(out, steps):
+        torch.manual_seed(0)
+        model, ema = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        ema.load_state_dict(model.state_dict())
+        config = TrainConfig(steps=steps, batch_size=1, save_every=100, precision="fp32", warmup_steps=0, decay=0)
+        t = Trainer(model, ema, config, out, lambda *_: None)
+        t.run(lambda rng: ((model(torch.randn(8, 4) + float(rng.normal())) ** 2).mean(), {}))
+        return t
+
+    whole = trainer(tmp_path / "a", 6)
+    trainer(tmp_path / "b", 3)
+    resumed = trainer(tmp_path / "b", 6)
+    assert resumed.step == 6
+    for a, b in zip(whole.ema.parameters(), resumed.ema.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    t = Trainer(model, torch.nn.Linear(1, 1), TrainConfig(steps=1, precision="fp32"), tmp_path, lambda *_: None)
+    with pytest.raises(RuntimeError, match="loss must be finite, got nan at step 0"):
+        t.run(lambda rng: (model.weight.sum() * float("nan"), {}))
+
+
+def test_autoencoder_starts_at_the_principal_components():
+    g = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.interpolate(torch.rand(40, 3, 8, 8, generator=g) * 2 - 1, size=64, mode="bilinear")
+    model = PatchAutoencoder()
+    model.init_from_patches(images)
+    latents = model.encode(images)
+    assert latents.shape == (40, 16, 8, 8) and abs(latents.var((0, 2, 3)).mean().item() - 1) < 0.05
+    variance = latents.var((0, 2, 3))
+    assert (variance.diff() <= 1e-4).all(), "coarse structure first"
+    assert (model.decode(latents) - images).square().mean() < 0.01 * images.var()
+
+
+def test_localisation_loss_is_zero_for_the_mask_itself():
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, 2:6, 2:6] = 1
+    ones = torch.ones(2)
+    perfect, inverted = mask.flatten(2), 1 - mask.flatten(2)
+    assert localisation_loss([perfect], mask, ones) == 0 and localisation_loss([inverted], mask, ones) == 2
+    assert localisation_loss([inverted], mask, torch.zeros(2)) == 0
+
+
+def test_average_and_helpers():
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    want = 0.75 * a.weight + 0.25 * b.weight
+    average(a, b, 0.75)
+    torch.testing.assert_close(a.weight, want)
+    t = stratified_timesteps(10, 1000)
+    assert (t // 100).tolist() == list(range(10))
+    image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    assert (to_images(to_tensor(image)) == image).all()
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (("--steps", "0"), "steps must be at least 1, got 0"),
+    (("--precision", "int4"), "precision must be bf16 or fp32, got 'int4'"),
+])
+def test_bad_arguments_give_one_sentence(arguments, sentence, people_folder, tmp_path, capsys):
+    code = main(["vae", "--data", str(people_folder), "--model", str(tmp_path), *arguments])
+    assert code == 1 and capsys.readouterr().err.strip() == f"pidiff-train: {sentence}"
+
+
+def test_missing_data_gives_one_sentence(tmp_path, capsys):
+    assert main(["vae", "--data", str(tmp_path), "--model", str(tmp_path)]) == 1
+    assert "data must be a folder with manifest.csv" in capsys.readouterr().err
+
+
+def test_logs_hold_losses(trained):
+    state = torch.load(trained / ".state" / "base" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and json.loads(state["numpy_rng"])["bit_generator"] == "PCG64"
