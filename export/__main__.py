@@ -1,0 +1,125 @@
+"""Command line of the exporter: `pidiff-export --help`."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+EPILOG = """\
+MODEL is a folder in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) with two folders of PIDiff,
+w_plus_encoder/ and adapter/, or the published files --encoder and --adapter in place of these. A bundle is such a folder
+too, so a bundle can be exported again in another form.
+
+OUT becomes a bundle: manifest.json (sizes, hashes, parity figures), *.onnx graphs, and the weights as safetensors, which
+the graphs point into. Every graph is run in ONNX Runtime and compared with PyTorch before OUT appears.
+
+  pidiff-export mini out/mini-fp16 --fp16                       the shipped model in half precision
+  pidiff-export mini out/mini-plain --attention standard        without custom nodes, for any ONNX engine
+  pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pidiff-export", description="Write a bundle that the PIDiff runtime loads, from a PyTorch model.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="'mini' (the shipped model) or a model folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist, or be empty")
+    parser.add_argument("--fp16", action="store_true", help="store and compute in float16 (default: compute in float32)")
+    parser.add_argument("--attention", choices=("fused", "standard"), default="fused",
+                        help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain ONNX")
+    parser.add_argument("--opset", type=int, choices=(18, 23), default=18, help="ONNX opset; 23 has its own Attention node (default 18)")
+    parser.add_argument("--adapter", metavar="FILE", type=Path, help="published W+ Adapter weights (wplus_adapter.bin)")
+    parser.add_argument("--encoder", metavar="FILE", type=Path, help="published e4e encoder (e4e_ffhq_encode.pt)")
+    parser.add_argument("--name", help="name of the bundle (default: the source's)")
+    defaults = parser.add_argument_group("defaults stored for the runtime (default: the source bundle's, else the runtime's)")
+    defaults.add_argument("--solver", choices=("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"))
+    defaults.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    defaults.add_argument("--guidance-scale", type=float, metavar="X")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 an error that was told in one sentence, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    handler = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        if args.debug:
+            raise
+        text = " ".join(str(error).split())
+        known = isinstance(error, (ValueError, OSError)) and text
+        return _fail(text if known else f"{type(error).__name__} {text[:300]} (--debug shows where)", 1)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _run(args: argparse.Namespace) -> int:
+    _silence()
+    try:
+        from tqdm import tqdm
+
+        from .attention import Form
+        from .bundle import STEPS, ExportOptions, export_bundle
+        from .source import Source
+        from .verify import Parity, table
+    except ImportError as error:
+        raise ValueError(f"pidiff-export needs the extra 'export' (pip install 'pidiff-edge[export]'), got no {error.name}") from error
+    from pidiff.runtime.bundle import shipped_bundle
+
+    folder = shipped_bundle() if args.model == "mini" else Path(args.model)
+    if not folder.is_dir():
+        raise ValueError(f"MODEL must be mini or an existing folder, got {args.model}")
+    source = Source(folder, args.adapter, args.encoder)
+    sampling = {"solver": args.solver, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    options = ExportOptions(Form(args.attention, args.opset), args.fp16, args.name,
+                            {k: v for k, v in sampling.items() if v is not None})
+    with tqdm(total=STEPS, unit="graph", desc="export", leave=False, disable=args.quiet) as bar:
+        def report(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+        manifest = export_bundle(source, args.out, options, report)
+    if not args.quiet:
+        print(table({n: Parity(**p) for n, p in manifest.parity.items()}))
+        size = sum(f.size for f in manifest.files.values())
+        print(f"{args.out}: {manifest.name}, {manifest.precision}, {manifest.attention} attention, opset {manifest.opset}, "
+              f"{size / 2**20:.1f} MiB")
+    return 0
+
+
+def _silence() -> None:
+    """Other libraries' progress bars and advice are not ours to show."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+    except ImportError:
+        pass
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"pidiff-export: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

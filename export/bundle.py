@@ -1,0 +1,295 @@
+"""Writes a bundle: stores each part's weights, writes and verifies its graphs, then commits the manifest."""
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pidiff.autoencoder import PatchAutoencoder
+from pidiff.checkpoint import load_strict, read_tensors
+from pidiff.config import save_config
+from pidiff.matting import FaceMatting
+from pidiff.model import Model
+from pidiff.runtime.bundle import Bundle, BundleWriter, GraphSpec, sha256_file, shipped_bundle
+from pidiff.unet import cross_attention_layers
+
+from . import parts
+from .attention import Form
+from .graphs import Graph
+from .parts import Sizes, example_of
+from .source import Source
+from .step import step_unet
+from .to_onnx import read_spec, write_graph
+from .verify import Case, Parity, custom_op_library, verify_graph
+from .weights import ExportError, WeightIndex, load_stored, write_safetensors
+
+FACE_GRAPHS = ("face_pnet", "face_rnet", "face_onet")
+FACE_LICENCE = "LICENSE-facenet-pytorch"
+_UNET, _VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+STEPS = 11          # graphs to write and verify, for a progress bar; see `Report`
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """form: how attention is written. fp16: store and compute in float16. sampling: defaults stored for the runtime
+    (solver, num_inference_steps, guidance_scale, use_karras_sigmas)."""
+
+    form: Form = Form()
+    fp16: bool = False
+    name: str | None = None
+    sampling: dict = field(default_factory=dict)
+
+
+def export_bundle(source: Source, out: Path, options: ExportOptions = ExportOptions(), report: Report = lambda _: None):
+    """Export `source` to the new folder `out`; returns the Manifest, parity figures included.
+
+    `report` is called with the name of every graph when it has been verified. Raises ExportError, CheckpointError or
+    BundleError in one sentence; whatever happens, `out` is either whole or not there.
+    """
+    if options.form.fused:
+        custom_op_library()
+    _check_disk(source, out, options.fp16)
+    with BundleWriter(out) as writer, torch.no_grad():
+        return _Export(source, writer.path, options, report).run(writer)
+
+
+class _Export:
+    def __init__(self, source: Source, root: Path, options: ExportOptions, report: Report):
+        self.source, self.root, self.options, self.report = source, root, options, report
+        self.dtype = torch.float16 if options.fp16 else torch.float32
+        self.precision = "fp16" if options.fp16 else "fp32"
+        self.weights, self.sizes = WeightIndex(root), Sizes()
+        self.graphs: dict[str, GraphSpec] = {}
+        self.parity: dict[str, Parity] = {}
+        self.old = _manifest_of(source.folder)
+
+    def run(self, writer: BundleWriter):
+        torch.manual_seed(0)
+        self._texts()
+        # The UNet's configuration says which size the others are verified at.
+        config = self.source.config("unet")
+        side = config.get("sample_size")
+        if not isinstance(side, int):
+            raise ExportError(f"unet sample_size must be a number of latent pixels, got {side!r}")
+        self.sizes.side, self.sizes.channels = side, config["in_channels"]
+        self.sizes.levels = len(config["block_out_channels"])
+        self._vae()
+        self._text_encoder()
+        self._w_plus_encoder()
+        self._matting()
+        model = self._unet()
+        self._faces()
+        return writer.commit(
+            name=self.options.name or (self.old.name if self.old else self.source.folder.resolve().name), family="sd1",
+            precision=self.precision, attention=self.options.form.attention, opset=self.options.form.opset,
+            graphs={n: self._fixed(g) for n, g in self.graphs.items()}, model=model,
+            scheduler=self.options.sampling or (self.old.scheduler if self.old else {}), sources=self._sources(),
+            licences=self._licences(), tools=_tools(), parity={n: p.to_dict() for n, p in self.parity.items()})
+
+    # --- parts ---
+
+    def _vae(self) -> None:
+        vae = self.source.vae()
+        self.sizes.free = not isinstance(vae, PatchAutoencoder)
+        self._store(vae, "vae", _VAE)
+        model = Model(None, None, vae, None, {}, None, None, {})
+        self.sizes.scale_factor = model.vae_scale_factor
+        cases = parts.vae_cases(model.decode_latents, model.encode_image, self.sizes, self.dtype)
+        self._compute_in(vae, [(vae, _VAE, "")])
+        written = [self._write(g, cases[g.name]) for g in parts.vae_graphs(vae, self.sizes, self.dtype)]
+        del vae, model
+        self._verify(written)
+
+    def _text_encoder(self) -> None:
+        clip, file = self.source.text_encoder(), "text_encoder/model.safetensors"
+        # Published checkpoints, and transformers before version 5, have this prefix.
+        prefix = "" if next(iter(clip.state_dict())).startswith("text_model.") else "text_model."
+        self._store(clip, "text_encoder", file, prefix)
+        self.sizes.text_length, self.sizes.prompt_dim = clip.config.max_position_embeddings, clip.config.hidden_size
+        case = parts.text_case(clip, self.sizes)
+        self._compute_in(clip, [(clip, file, prefix)])
+        written = [self._write(parts.text_graph(clip, self.options.form, self.dtype), case)]
+        del clip
+        self._verify(written)
+
+    def _w_plus_encoder(self) -> None:
+        encoder, file = self.source.w_plus_encoder(), "w_plus_encoder/model.safetensors"
+        self._store(encoder, "w_plus_encoder", file)
+        save_config(encoder.config, self.root / "w_plus_encoder" / "config.json")
+        c = encoder.config
+        self.sizes.layers, self.sizes.style_dim, self.sizes.face_size = c.num_styles, c.style_dim, c.input_size
+        case = parts.encoder_case(encoder, self.sizes, self.dtype)
+        self._compute_in(encoder, [(encoder, file, "")])
+        written = [self._write(parts.encoder_graph(encoder, self.sizes, self.dtype), case)]
+        del encoder
+        self._verify(written)
+
+    def _unet(self) -> dict:
+        """Writes the UNet and its conditioners; returns the manifest's description of the model."""
+        unet, adapter = self.source.unet()
+        c = adapter.config
+        if (sum(c.groups), c.w_plus_dim) != (self.sizes.layers, self.sizes.style_dim):
+            raise ExportError(f"adapter groups must add up to the encoder's {self.sizes.layers} levels, got {c.groups}")
+        if unet.config.cross_attention_dim != self.sizes.prompt_dim:
+            raise ExportError(f"unet cross_attention_dim must be the text encoder's {self.sizes.prompt_dim}, "
+                              f"got {unet.config.cross_attention_dim}")
+        self._store(unet, "unet", _UNET)
+        self._store(adapter, "adapter", "adapter/model.safetensors")
+        save_config(c, self.root / "adapter" / "config.json")
+        cases, widths = parts.unet_cases(unet, adapter, self.sizes, self.dtype), parts.widths(unet, adapter)
+        modules = [(unet, _UNET, ""), (adapter, "adapter/model.safetensors", "")]
+        self._index(modules)
+        written = [self._write(g, cases[g.name]) for g in parts.conditioner_graphs(unet, adapter, self.sizes, self.dtype)]
+        self._compute_in(unet, modules)
+        with step_unet(unet, c, self.options.form) as step:
+            written.append(self._write(parts.unet_graph(step, self.sizes, widths, self.dtype), cases["unet"]))
+        layers = cross_attention_layers(unet)
+        del unet, adapter, step, modules
+        self._verify(written)
+        s = self.sizes
+        return {
+            "latent_channels": s.channels, "image_size": s.side * s.scale_factor, "vae_scale_factor": s.scale_factor,
+            "text_length": s.text_length, "prompt_dim": s.prompt_dim, "w_plus_layers": s.layers, "w_plus_dim": s.style_dim,
+            "face_size": s.face_size,
+            "identity": {"mode": c.mode, "tokens": c.num_tokens, "has_null": c.has_null, "num_groups": len(c.groups)},
+            "unet": {"heads": [h for _, _, h in layers], "channels": [n for _, n, _ in layers]},
+        }
+
+    def _matting(self) -> None:
+        """Foreground matting: the model's own, else the shipped one, else none (float32 in any bundle)."""
+        file = "face_matting/model.safetensors"
+        for folder in (self.source.folder, shipped_bundle()):
+            if (folder / file).is_file():
+                matting = load_strict(FaceMatting(), read_tensors(folder / file), "face_matting").eval()
+                break
+        else:
+            return
+        write_safetensors(self.root / file, matting.state_dict(), torch.float16, "face_matting")
+        load_stored(matting, self.root, file)
+        face = parts.smooth(3, self.sizes.face_size, self.sizes.face_size)
+        case = Case({"face": face}, (matting(face),))
+        self._index([(matting, file, "")])
+        self._verify([self._write(parts.matting_graph(matting, self.sizes), case)])
+
+    def _faces(self) -> None:
+        folders = (self.source.folder, shipped_bundle(), shipped_bundle().parent / "face")
+        folder = next((f for f in folders if all((f / f"{n}.onnx").is_file() for n in FACE_GRAPHS)), None)
+        if folder is None:
+            raise ExportError(f"pidiff must be installed with its face detector, got no face_pnet.onnx in {folders[-1]}")
+        for name in FACE_GRAPHS:
+            shutil.copyfile(folder / f"{name}.onnx", self.root / f"{name}.onnx")
+            self.graphs[name] = read_spec(self.root / f"{name}.onnx")
+        if (folder / FACE_LICENCE).is_file():
+            shutil.copyfile(folder / FACE_LICENCE, self.root / FACE_LICENCE)
+
+    def _texts(self) -> None:
+        folder, root = self.source.folder, self.root
+        for part in ("unet", "vae", "text_encoder"):
+            self.source.config(part)
+            (root / part).mkdir()
+            shutil.copyfile(folder / part / "config.json", root / part / "config.json")
+        schedule = json.dumps(self.source.config("scheduler"), indent=2) + "\n"
+        (root / "scheduler").mkdir()
+        (root / "scheduler" / "scheduler_config.json").write_text(schedule)
+        (root / "schedule.json").write_text(schedule)
+        self.source.copy_tokenizer(root / "tokenizer")
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.name.startswith(("LICENSE", "NOTICE", "MODEL_CARD")):
+                shutil.copyfile(file, root / file.name)
+        directions = folder / "directions.safetensors"
+        if directions.is_file():
+            save_file({k: v.float().contiguous() for k, v in read_tensors(directions).items()}, root / directions.name)
+
+    # --- steps ---
+
+    def _store(self, module: nn.Module, part: str, file: str, prefix: str = "") -> None:
+        """Write a part's weights, and make `module` hold exactly what was written."""
+        dtype = torch.float16 if self.options.fp16 else self.source.stored_dtype(part)
+        write_safetensors(self.root / file, {prefix + k: v for k, v in module.state_dict().items()}, dtype, part)
+        load_stored(module, self.root, file, prefix)
+
+    def _index(self, modules: list[tuple[nn.Module, str, str]]) -> None:
+        self.weights.clear()
+        for module, file, prefix in modules:
+            self.weights.add(module, file, prefix)
+
+    def _compute_in(self, module: nn.Module, modules: list[tuple[nn.Module, str, str]]) -> None:
+        """Bring `module` to the bundle's compute dtype, and index the tensors it has then."""
+        module.to(self.dtype)
+        self._index(modules)
+
+    def _write(self, graph: Graph, case: Case) -> tuple[str, Case]:
+        self.graphs[graph.name] = write_graph(graph, example_of(graph, self.sizes), self.options.form.opset, self.weights)
+        return graph.name, case
+
+    def _verify(self, written: list[tuple[str, Case]]) -> None:
+        """Run graphs of a part whose module has been let go: ONNX Runtime holds the weights a second time."""
+        self.weights.clear()
+        gc.collect()
+        _return_memory()
+        for name, case in written:
+            spec = self.graphs[name]
+            self.parity[name] = verify_graph(self.root / spec.file, spec, case, self.precision, self.options.form.fused)
+            self.report(name)
+            _return_memory()
+
+    # --- manifest ---
+
+    def _fixed(self, spec: GraphSpec) -> GraphSpec:
+        """The manifest gives latents and pictures the model's own size, also where the .onnx file takes any."""
+        s = self.sizes
+        sizes = {"h": s.side, "w": s.side, "H": s.side * s.scale_factor, "W": s.side * s.scale_factor}
+        fix = lambda tensors: tuple(replace(t, shape=tuple(sizes.get(n, n) for n in t.shape)) for t in tensors)
+        return spec if spec.file.startswith("face_p") else replace(spec, inputs=fix(spec.inputs), outputs=fix(spec.outputs))
+
+    def _sources(self) -> dict[str, str]:
+        """Digests of the checkpoint; a bundle passes its own on, so that re-exports keep their origin."""
+        if self.old is not None and self.source.adapter_file is None and self.source.encoder_file is None and self.old.sources:
+            return self.old.sources
+        return {f"{part}/{file.name}": sha256_file(file) for part in ("unet", "vae", "text_encoder", "w_plus_encoder", "adapter")
+                for file in self.source.weight_files(part)}
+
+    def _licences(self) -> dict[str, str]:
+        own = sorted(f.name for f in self.root.iterdir() if f.name.startswith("LICENSE") and f.name != FACE_LICENCE)
+        found = {"model": f"see {', '.join(own)}" if own else "see the licence of the source model",
+                 "face detector": f"MIT, see {FACE_LICENCE}"}
+        return {**found, **(self.old.licences if self.old else {})}
+
+
+def _manifest_of(folder: Path):
+    """Manifest of a source that is itself a bundle, its files verified; None for a plain model folder."""
+    return Bundle.open(folder).manifest if (folder / "manifest.json").is_file() else None
+
+
+def _check_disk(source: Source, out: Path, fp16: bool) -> None:
+    need = 32 << 20
+    for part in ("unet", "vae", "text_encoder", "w_plus_encoder", "adapter"):
+        stored = source.stored_dtype(part)
+        size = sum(f.stat().st_size for f in source.weight_files(part))
+        need += size * (torch.float16 if fp16 else stored).itemsize // stored.itemsize
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise ExportError(f"out must be on a disk with {need / 2**30:.1f} GiB free, got {free / 2**30:.1f} GiB at {place}")
+
+
+def _tools() -> dict[str, str]:
+    return {n: importlib.metadata.version(n) for n in ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers")}
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass

@@ -1,0 +1,154 @@
+"""The model folder that is exported: its parts one at a time, strictly loaded, as float32 modules."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pidiff.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
+from pidiff.checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, read_tensors
+from pidiff.config import AdapterConfig, WPlusEncoderConfig, from_dict
+from pidiff.identity import IdentityAdapter
+from pidiff.unet import attach
+from pidiff.w_plus_encoder import WPlusEncoder
+
+from .weights import ExportError, source_dtype
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+_IGNORED_KEYS = ("position_ids",)      # buffers that older transformers stored
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder in diffusers' layout plus w_plus_encoder/ and adapter/, or published files in place of these two."""
+
+    folder: Path
+    adapter_file: Path | None = None
+    encoder_file: Path | None = None
+
+    def __post_init__(self):
+        for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+            if not (self.folder / name).is_dir():
+                raise ExportError(f"model must be mini or a folder with unet/, vae/, text_encoder/, tokenizer/ and "
+                                  f"scheduler/, got {self.folder} without {name}/")
+        for part, file, option in (("adapter", self.adapter_file, "--adapter"), ("w_plus_encoder", self.encoder_file, "--encoder")):
+            if file is None and not (self.folder / part).is_dir():
+                raise ExportError(f"model must have {part}/ or be given {option} FILE, got neither in {self.folder}")
+            if file is not None and not file.is_file():
+                raise ExportError(f"{option} must be an existing file, got {file}")
+
+    def config(self, part: str) -> dict:
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        path = self.folder / part / name
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ExportError(f"model must have a readable {part}/{name}, got {first_line(error)}") from error
+        if not isinstance(config, dict):
+            raise ExportError(f"{part}/{name} must be a JSON object, got {type(config).__name__}")
+        return config
+
+    def weight_files(self, part: str) -> list[Path]:
+        """The weights of a part: the full-precision safetensors (or .bin) files, all shards of them."""
+        given = {"adapter": self.adapter_file, "w_plus_encoder": self.encoder_file}.get(part)
+        if given is not None:
+            return [given]
+        folder = self.folder / part
+        stems = ("model", "diffusion_pytorch_model", "pytorch_model")
+        for suffix in (".safetensors", ".bin"):
+            files = [f for f in sorted(folder.glob(f"*{suffix}")) if f.name.split("-")[0].removesuffix(suffix) in stems]
+            if files:
+                return files
+        raise ExportError(f"model must have a weights file in {part}/, got none in {self.folder}")
+
+    def stored_dtype(self, part: str) -> torch.dtype:
+        """dtype in which the checkpoint stores a part; published .pt files count as float32."""
+        return torch.float32 if self.weight_files(part)[0].suffix in (".pt", ".pth") else _named(
+            part, lambda: source_dtype(self.weight_files(part)))
+
+    def text_encoder(self) -> nn.Module:
+        from transformers import CLIPTextModel
+
+        def load():
+            model, info = CLIPTextModel.from_pretrained(self.folder / "text_encoder", local_files_only=True, output_loading_info=True)
+            return _complete(model, info, "text_encoder")
+
+        self.weight_files("text_encoder")
+        return _named("text_encoder", load).float().eval()
+
+    def vae(self) -> nn.Module:
+        config = self.config("vae")
+        if "patch_size" in config:
+            return self._own(PatchAutoencoder(from_dict(PatchAutoencoderConfig, config)), "vae")
+        from diffusers import AutoencoderKL
+        return self._diffusers(AutoencoderKL, "vae")
+
+    def w_plus_encoder(self) -> WPlusEncoder:
+        if self.encoder_file is not None:
+            return load_e4e(self.encoder_file)
+        return self._own(WPlusEncoder(from_dict(WPlusEncoderConfig, self.config("w_plus_encoder"))), "w_plus_encoder")
+
+    def unet(self) -> tuple[nn.Module, IdentityAdapter]:
+        """UNet with the adapter attached."""
+        from diffusers import UNet2DConditionModel
+
+        unet = self._diffusers(UNet2DConditionModel, "unet")
+        if self.adapter_file is not None:
+            config = AdapterConfig(mode="residual", token_dim=unet.config.cross_attention_dim)
+            return unet, load_wplus_adapter(self.adapter_file, attach(unet, config)).eval()
+        adapter = attach(unet, from_dict(AdapterConfig, self.config("adapter")))
+        return unet, self._own(adapter, "adapter")
+
+    def copy_tokenizer(self, out: Path) -> None:
+        """Copy the tokenizer's files; tokenizer.json is made where the folder has only CLIP's older files."""
+        out.mkdir()
+        for name in TOKENIZER_FILES:
+            if (self.folder / "tokenizer" / name).is_file():
+                shutil.copyfile(self.folder / "tokenizer" / name, out / name)
+        if not (out / "tokenizer.json").is_file():
+            from transformers import CLIPTokenizerFast
+            _named("tokenizer", lambda: CLIPTokenizerFast.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+                   .save_pretrained(out))
+
+    def _own(self, module: nn.Module, part: str) -> nn.Module:
+        state = {}
+        for file in self.weight_files(part):
+            state.update(read_tensors(file))
+        return load_strict(module, state, part).eval()
+
+    def _diffusers(self, cls, part: str) -> nn.Module:
+        def load():
+            model, info = cls.from_pretrained(self.folder / part, local_files_only=True, output_loading_info=True)
+            return _complete(model, info, part)
+
+        self.weight_files(part)
+        return _named(part, load).float().eval()
+
+
+def _named(part: str, load):
+    """Run another library's loader; whatever it raises becomes one sentence that names the part."""
+    try:
+        return load()
+    except (ExportError, CheckpointError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise ExportError(f"model must have a readable {part}/, got {first_line(error)}") from error
+
+
+def _complete(model: nn.Module, info, part: str) -> nn.Module:
+    """Refuse a checkpoint whose keys or shapes are not exactly the model's (its loader would fill in random numbers)."""
+    problems = [f"missing {k}" for k in sorted(info["missing_keys"])]
+    problems += [f"unexpected {k}" for k in sorted(info["unexpected_keys"]) if not k.endswith(_IGNORED_KEYS)]
+    problems += [f"{k[0] if isinstance(k, tuple) else k} of another shape" for k in info["mismatched_keys"]]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ExportError(f"{part} must have exactly the expected keys and shapes, got {'; '.join(problems[:5])}{more}")
+    return model
+
+
+def first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:240] + "..." if len(text) > 240 else text) or type(error).__name__
