@@ -8,7 +8,9 @@ import numpy.typing
 import typing
 __all__: list[str] = ['Cancelled', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'has_cuda', 'identity_mix', 'randn', 'sample']
 class Cancelled(Exception):
-    pass
+    """
+    on_step asked sample() to stop.
+    """
 class Schedule:
     """
     The timesteps, noise levels and solver coefficients of one generation. Immutable.

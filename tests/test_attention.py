@@ -80,8 +80,31 @@ def pybind(implementation: str) -> tuple[Callable, Callable]:
     )
 
 
+def through_torch(implementation: str) -> tuple[Callable, Callable]:
+    """pidiff.attention: its plain functions, or its operator that calls the C++ kernel (float32 only)."""
+
+    def call(function: str, arrays: tuple, *rest):
+        import torch
+
+        import pidiff.attention
+
+        if implementation == "native" and arrays[0].dtype != np.float32:
+            pytest.skip("the torch operator takes float32")
+        tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in arrays]
+        return getattr(pidiff.attention, function)(*tensors, *rest, implementation=implementation)
+
+    def mix(*arguments):
+        out, mass = call("identity_mix", arguments[:6], *arguments[6:])
+        return out.numpy(), mass.numpy()
+
+    return lambda q, k, v, heads: call("attention", (q, k, v), heads).numpy(), mix
+
+
 CARRIERS: dict[str, tuple[Callable, Callable]] = {name: pybind(name) for name in core.cpu_implementations()}
 CARRIERS["onnxruntime"] = (ort_attention, ort_identity_mix)
+if importlib.util.find_spec("torch"):
+    CARRIERS["torch"] = through_torch("reference")
+    CARRIERS["torch-native"] = through_torch("native")
 FAST = [name for name in CARRIERS if name != "reference"]
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -94,7 +117,7 @@ dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float3
 
 @carriers
 @dtypes
-@pytest.mark.parametrize("queries,keys", [(1, 1), (1, 77), (77, 77), (129, 129), (129, 77), (50, 300)])
+@pytest.mark.parametrize("queries,keys", [(1, 77), (77, 1), (129, 129), (33, 200)])
 @pytest.mark.parametrize("dim", [8, 40, 64, 80, 160])
 def test_attention(rng, carrier, dtype, queries, keys, dim):
     heads = 2
@@ -104,13 +127,11 @@ def test_attention(rng, carrier, dtype, queries, keys, dim):
     require_close(got, attention_reference(q, k, v, heads, np.float64), attention_reference(q, k, v, heads, dtype), v)
 
 
-@pytest.mark.parametrize("carrier", FAST)
+@pytest.mark.parametrize("carrier", [name for name in FAST if name != "torch"])
 @dtypes
 @pytest.mark.parametrize("dim", [40, 64])
 def test_attention_long(rng, carrier, dtype, dim):
     """S = 4096, checked on a sample of rows so that the reference stays cheap."""
-    if carrier == "portable" and dtype == np.float16 and dim == 64:
-        pytest.skip("slow, and the same code as the case beside it")
     q, k, v = (rng.standard_normal((1, 4096, dim)).astype(dtype) for _ in range(3))
     got = CARRIERS[carrier][0](q, k, v, 1)
     rows = np.r_[0:4, 2040:2060, 4090:4096]
@@ -143,9 +164,9 @@ def test_attention_outlier_rows(rng, carrier):
     np.testing.assert_allclose(got[:, 5], v.mean(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("carrier", FAST)
+@pytest.mark.parametrize("carrier", [name for name in CARRIERS if not name.startswith("torch")])
 def test_attention_half_overflow(carrier):
-    """Half inputs whose products overflow half: arithmetic is float32."""
+    """Half inputs whose products overflow half: the kernels' arithmetic is float32."""
     q = np.full((1, 1, 8), 300, np.float16)
     k = np.stack([np.full((1, 8), 300), np.full((1, 8), -300)], 1).astype(np.float16)
     v = np.stack([np.full((1, 8), 2), np.full((1, 8), 5)], 1).astype(np.float16)
@@ -189,8 +210,7 @@ def test_references_agree_with_torch(rng):
 
 @carriers
 @dtypes
-@pytest.mark.parametrize("null", [True, False])
-@pytest.mark.parametrize("people", [0, 1, 2, 3])
+@pytest.mark.parametrize("people,null", [(0, True), (1, True), (1, False), (2, False), (3, True)])
 @pytest.mark.parametrize("queries,heads,dim,tokens", [(1, 8, 8, 4), (77, 8, 40, 4), (129, 2, 80, 1), (50, 5, 64, 7)])
 def test_identity_mix(rng, carrier, dtype, null, people, queries, heads, dim, tokens):
     inputs = identity_inputs(rng, dtype, queries, heads, dim, people, tokens, null)

@@ -144,9 +144,14 @@ void attention(const AttentionParams& p, const Parallel& pool, Implementation wa
   if (implementation == Implementation::reference) return attention_reference(p);
   const CpuKernels& kernels = require(implementation);
   const std::int64_t block = kernels.query_block, blocks = (p.queries + block - 1) / block;
+  // Tasks that run one after the other share what is large: a head's keys and values if they are long, else the rows
+  // of q and out, which lie side by side for all heads.
+  const bool heads_inside = p.keys * p.heads * p.head_dim * static_cast<std::int64_t>(size_of(p.dtype)) <= 256 * 1024;
   run_tasks(pool, p.batch * p.heads * blocks, kernels.attention_scratch(p), [&](std::int64_t index, float* scratch) {
-    const std::int64_t row0 = index % blocks * block, pair = index / blocks;
-    kernels.attention_rows(p, pair / p.heads, pair % p.heads, row0, std::min(block, p.queries - row0), scratch);
+    const std::int64_t inner = heads_inside ? p.heads : blocks, outer = heads_inside ? blocks : p.heads;
+    const std::int64_t first = index / inner % outer, second = index % inner;
+    const std::int64_t head = heads_inside ? second : first, row0 = (heads_inside ? first : second) * block;
+    kernels.attention_rows(p, index / (inner * outer), head, row0, std::min(block, p.queries - row0), scratch);
   });
 }
 

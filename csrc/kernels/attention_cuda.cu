@@ -14,8 +14,6 @@
 namespace pidiff {
 namespace {
 
-using cuda::check;
-
 bool aligned(const void* base, const AttentionParams::Strides& s) {
   return reinterpret_cast<std::uintptr_t>(base) % 16 == 0 && s.batch % 8 == 0 && s.token % 8 == 0 && s.head % 8 == 0;
 }

@@ -23,40 +23,38 @@ constexpr std::int64_t kRowBlock = 32;
 
 std::int64_t key_block(const AttentionParams& p) { return p.keys <= kAllKeys ? p.keys : kKeyBlock; }
 
-// Scratch: queries [d, lanes], scores [block, lanes], sums [d, lanes], and K, V of a block widened from half.
+// Scratch: queries [d, lanes], sums [d, lanes], scores [block, lanes]; for half also one block of rows of q (later of
+// out), K and V, widened.
 std::int64_t attention_scratch(const AttentionParams& p) {
-  const std::int64_t block = key_block(p), halves = p.dtype == DType::float16 ? 2 * block * p.head_dim : 0;
-  return kQueryBlock * (2 * p.head_dim + block) + p.head_dim + halves;
+  const std::int64_t block = key_block(p);
+  const std::int64_t wide = p.dtype == DType::float16 ? (kQueryBlock + 2 * block) * p.head_dim : 0;
+  return kQueryBlock * (2 * p.head_dim + block) + wide;
 }
 
-// q rows to [d, lanes], times `factor`; lanes without a row are zero.
+// q rows to [d, lanes], times `factor`; lanes without a row are zero. `wide` holds the rows widened from half.
 void transpose_in(const AttentionParams& p, std::int64_t offset, std::int64_t rows, std::int64_t lanes, float factor,
-                  float* line, float* to) {
+                  float* wide, float* to) {
   const std::int64_t d = p.head_dim;
-  for (std::int64_t r = 0; r < lanes; ++r) {
-    if (r >= rows) {
-      for (std::int64_t i = 0; i < d; ++i) to[i * lanes + r] = 0.0f;
-      continue;
-    }
-    const std::int64_t at = offset + r * p.q_stride.token;
-    const float* row = static_cast<const float*>(p.q) + at;
-    if (p.dtype == DType::float16) {
-      widen(static_cast<const std::uint16_t*>(p.q) + at, line, d);
-      row = line;
-    }
-    for (std::int64_t i = 0; i < d; ++i) to[i * lanes + r] = row[i] * factor;
+  if (rows < lanes) std::memset(to, 0, static_cast<std::size_t>(d * lanes) * sizeof(float));
+  if (p.dtype == DType::float32) {
+    transpose(static_cast<const float*>(p.q) + offset, p.q_stride.token, rows, d, factor, to, lanes);
+    return;
   }
+  for (std::int64_t r = 0; r < rows; ++r)
+    widen(static_cast<const std::uint16_t*>(p.q) + offset + r * p.q_stride.token, wide + r * d, d);
+  transpose(wide, d, rows, d, factor, to, lanes);
 }
 
 void transpose_out(const AttentionParams& p, std::int64_t offset, std::int64_t rows, std::int64_t lanes,
-                   const float* from, float* line) {
+                   const float* from, float* wide) {
   const std::int64_t d = p.head_dim;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t at = offset + r * p.out_stride.token;
-    float* row = p.dtype == DType::float16 ? line : static_cast<float*>(p.out) + at;
-    for (std::int64_t i = 0; i < d; ++i) row[i] = from[i * lanes + r];
-    if (p.dtype == DType::float16) narrow(line, static_cast<std::uint16_t*>(p.out) + at, d);
+  if (p.dtype == DType::float32) {
+    transpose(from, lanes, d, rows, 1.0f, static_cast<float*>(p.out) + offset, p.out_stride.token);
+    return;
   }
+  transpose(from, lanes, d, rows, 1.0f, wide, d);
+  for (std::int64_t r = 0; r < rows; ++r)
+    narrow(wide + r * d, static_cast<std::uint16_t*>(p.out) + offset + r * p.out_stride.token, d);
 }
 
 struct Block {
@@ -115,11 +113,11 @@ void attention_lanes(const AttentionParams& p, std::int64_t b, std::int64_t h, s
   float* queries = scratch;
   float* sums = queries + lanes * d;
   float* weights = sums + lanes * d;
-  float* line = weights + lanes * block;
-  float* wide_k = line + d;
+  float* wide_rows = weights + lanes * block;
+  float* wide_k = wide_rows + lanes * d;
   float* wide_v = wide_k + block * d;
   transpose_in(p, b * p.q_stride.batch + row0 * p.q_stride.token + h * p.q_stride.head, rows, lanes, p.scale * log2e,
-               line, queries);
+               wide_rows, queries);
 
   Float top[NV], total[NV] = {};
   for (int j = 0; j < NV; ++j) top[j] = splat(-3.0e38f);
@@ -152,7 +150,8 @@ void attention_lanes(const AttentionParams& p, std::int64_t b, std::int64_t h, s
       float* at = sums + i * lanes + j * kLanes;
       store(at, load(at) * total[j]);
     }
-  transpose_out(p, b * p.out_stride.batch + row0 * p.out_stride.token + h * p.out_stride.head, rows, lanes, sums, line);
+  transpose_out(p, b * p.out_stride.batch + row0 * p.out_stride.token + h * p.out_stride.head, rows, lanes, sums,
+                wide_rows);
 }
 
 void attention_rows(const AttentionParams& p, std::int64_t b, std::int64_t h, std::int64_t row0, std::int64_t rows,

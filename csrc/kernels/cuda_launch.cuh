@@ -1,6 +1,10 @@
 // Host side of CUDA: errors, device buffers, launches.
 #pragma once
 
+#ifdef PIDIFF_CUDA_EMULATION
+#include "cuda_emulation.h"
+#else
+
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -48,3 +52,5 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_by
 }
 
 }  // namespace pidiff::cuda
+
+#endif

@@ -14,6 +14,11 @@
 #include "kernels/half.h"
 
 #define PIDIFF_INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define PIDIFF_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define PIDIFF_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Mask{i, j, k, l})
+#endif
 #define PIDIFF_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace pidiff {
@@ -39,7 +44,7 @@ PIDIFF_INLINE void store(float* to, typename Vector<Lanes>::Float value) {
   *reinterpret_cast<typename Vector<Lanes>::Unaligned*>(to) = value;
 }
 
-PIDIFF_INLINE Float splat(float value) { return Float{} + value; }
+PIDIFF_INLINE Float splat(float value) { return value - Float{}; }
 
 // The second operand wins where the first is NaN-free and not larger; a NaN in `b` is kept.
 PIDIFF_INLINE Float maximum(Float a, Float b) { return a > b ? a : b; }
@@ -86,6 +91,33 @@ PIDIFF_INLINE void narrow(const float* from, std::uint16_t* to, std::int64_t cou
   for (; i < count; ++i) to[i] = float_to_half(from[i]);
 }
 
+// to[c * to_stride + r] = from[r * from_stride + c] * factor for r < rows, c < columns, in blocks of 4 x 4. (Left to
+// itself the compiler takes scatter instructions, which are several times slower.)
+PIDIFF_INLINE void transpose(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                             float factor, float* to, std::int64_t to_stride) {
+  using Four = Vector<4>::Float;
+  using Mask = Vector<4>::Int;
+  std::int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const float* line = from + r * from_stride;
+    std::int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      const Four a = load<4>(line + c), b = load<4>(line + from_stride + c);
+      const Four d = load<4>(line + 2 * from_stride + c), e = load<4>(line + 3 * from_stride + c);
+      const Four low_ab = PIDIFF_SHUFFLE(a, b, 0, 4, 1, 5), high_ab = PIDIFF_SHUFFLE(a, b, 2, 6, 3, 7);
+      const Four low_de = PIDIFF_SHUFFLE(d, e, 0, 4, 1, 5), high_de = PIDIFF_SHUFFLE(d, e, 2, 6, 3, 7);
+      store<4>(to + c * to_stride + r, PIDIFF_SHUFFLE(low_ab, low_de, 0, 1, 4, 5) * factor);
+      store<4>(to + (c + 1) * to_stride + r, PIDIFF_SHUFFLE(low_ab, low_de, 2, 3, 6, 7) * factor);
+      store<4>(to + (c + 2) * to_stride + r, PIDIFF_SHUFFLE(high_ab, high_de, 0, 1, 4, 5) * factor);
+      store<4>(to + (c + 3) * to_stride + r, PIDIFF_SHUFFLE(high_ab, high_de, 2, 3, 6, 7) * factor);
+    }
+    for (; c < columns; ++c)
+      for (std::int64_t i = 0; i < 4; ++i) to[c * to_stride + r + i] = line[i * from_stride + c] * factor;
+  }
+  for (; r < rows; ++r)
+    for (std::int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c] * factor;
+}
+
 // A register tile: sum[i][j] += a(i, k) * b[k][j] for k < depth, where b's rows are NV vectors, `ldb` floats apart.
 // Depthwise: a(i, k) = a[k * lda + i] (a column of rows), else a[i * lda + k] (rows of a row-major matrix).
 template <int MR, int NV, bool Depthwise>
@@ -97,7 +129,7 @@ PIDIFF_INLINE void multiply(const float* a, std::int64_t lda, const float* b, st
     for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const Float factor = splat(Depthwise ? a[k * lda + i] : a[i * lda + k]);
+      const float factor = Depthwise ? a[k * lda + i] : a[i * lda + k];
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) sum[i][j] += factor * row[j];
     }
