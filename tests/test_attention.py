@@ -192,6 +192,24 @@ def test_attention_is_repeatable(rng, carrier):
     np.testing.assert_array_equal(together[1:2], alone)
 
 
+def test_threads_survive_fork(rng):
+    """A forked child has none of its parent's threads: it starts its own pool instead of waiting for them."""
+    import multiprocessing
+
+    q = rng.standard_normal((1, 400, 80)).astype(np.float32)
+    expected = core.attention(q, q, q, 2)
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: send.send(core.attention(q, q, q, 2)))
+    child.start()
+    try:
+        assert receive.poll(60), "the child hangs"
+        np.testing.assert_array_equal(receive.recv(), expected)
+    finally:
+        child.kill()
+        child.join()
+
+
 @needs_torch
 def test_references_agree_with_torch(rng):
     """The reference is torch's scaled_dot_product_attention."""

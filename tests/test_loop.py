@@ -133,7 +133,7 @@ def test_the_gil_is_free_during_steps():
             counter[0] += 1
             time.sleep(0)
 
-    schedule = core.Schedule("ddim", alphas(), 2)
+    schedule = core.Schedule("ddim", alphas(), 10)
     latents = np.zeros((1, 4, 1024, 1024), np.float32)
     buffers = np.zeros_like(latents), np.zeros_like(latents)
     worker = threading.Thread(target=count, daemon=True)
@@ -144,7 +144,7 @@ def test_the_gil_is_free_during_steps():
     finally:
         stop.set()
         worker.join()
-    assert marks[1] > marks[0]
+    assert marks[-1] > marks[0]
 
 
 def test_sample_errors():
