@@ -47,8 +47,8 @@ class Generator:
         return next(iter(self._mapping(z.astype(np.float32)).values())).reshape(-1, 512)
 
     def image(self, w: np.ndarray) -> np.ndarray:
-        bgr = next(iter(self._synthesis(w.reshape(1, 512).astype(np.float32)).values()))[0]
-        return (np.clip(bgr.transpose(1, 2, 0)[..., ::-1] * 0.5 + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
+        rgb = next(iter(self._synthesis(w.reshape(1, 512).astype(np.float32)).values()))[0]
+        return (np.clip(rgb.transpose(1, 2, 0) * 0.5 + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def rows_for(people: int, variants: int, rng: np.random.Generator) -> list[dict]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from ..checkpoint import CheckpointError, save_weights
 from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
@@ -73,7 +74,14 @@ def train_encoder(args, people: People) -> None:
 
     trainer = _trainer(args, model, export)
     trainer.run(EncoderLoss(model, people, args.config.batch_size, args.config.device))
+    save_file(edit_directions(people, W_PLUS_MINI.num_styles), args.model / "directions.safetensors")
     print("held-out", encoder_scores(trainer.ema.cpu().eval(), load_people(args.data, SIZES["encoder"], "validation")))
+
+
+def edit_directions(people: People, levels: int) -> dict[str, torch.Tensor]:
+    """name -> [L, 512]: the data's directions, one unit = one standard deviation over its pictures."""
+    moves = {name: unit * ((people.w - people.mean) @ unit).std() for name, unit in people.directions.items()}
+    return {name: torch.from_numpy(move).expand(levels, -1).contiguous() for name, move in moves.items()}
 
 
 def train_matting(args, people: People) -> None:
