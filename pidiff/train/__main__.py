@@ -27,7 +27,8 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train adapter --data DATA --model MODEL      identity only, on the encoder's own codes
   pidiff-export MODEL BUNDLE                          deployable bundle
 
-A stage that was stopped goes on from MODEL/.state/STAGE/state.pt."""
+The folder holds averaged weights in float16, as they are shipped; a stage that was stopped goes on, in float32, from
+MODEL/.state/STAGE/state.pt."""
 
 PRESETS = {
     "vae": TrainConfig(steps=8000, batch_size=48, learning_rate=1e-3, decay=0.6, ema_decay=0.99),
@@ -52,7 +53,7 @@ def train_vae(args, people: People) -> None:
     model = model.to(args.config.device, memory_format=torch.channels_last)
 
     def export(ema, _):
-        save_weights(ema, args.model / "vae" / "diffusion_pytorch_model.safetensors")
+        save_weights(ema, args.model / "vae" / "diffusion_pytorch_model.safetensors", torch.float16)
         save_config(ema.config, args.model / "vae" / "config.json")
 
     trainer = _trainer(args, model, export)
@@ -69,7 +70,7 @@ def train_encoder(args, people: People) -> None:
     model = model.to(args.config.device, memory_format=torch.channels_last)
 
     def export(ema, _):
-        save_weights(ema, args.model / "w_plus_encoder" / "model.safetensors")
+        save_weights(ema, args.model / "w_plus_encoder" / "model.safetensors", torch.float16)
         save_config(ema.config, args.model / "w_plus_encoder" / "config.json")
 
     trainer = _trainer(args, model, export)
@@ -88,7 +89,8 @@ def train_matting(args, people: People) -> None:
     from ..matting import FaceMatting
     from .face import MattingLoss
     model = FaceMatting().to(args.config.device, memory_format=torch.channels_last)
-    trainer = _trainer(args, model, lambda ema, _: save_weights(ema, args.model / "face_matting" / "model.safetensors"))
+    trainer = _trainer(args, model, lambda ema, _: save_weights(ema, args.model / "face_matting" / "model.safetensors",
+                                                                 torch.float16))
     trainer.run(MattingLoss(model, people, args.config.batch_size, args.config.device))
 
 

@@ -127,10 +127,10 @@ def build_base(folder: Path, latent_avg: np.ndarray) -> tuple[BaseModel, object]
 def save_base(model: BaseModel, folder: Path) -> None:
     """Write unet/, text_encoder/, adapter/ and scheduler/ of the model folder."""
     model.unet.save_config(folder / "unet")
-    save_weights(model.unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_weights(model.unet, folder / "unet" / "diffusion_pytorch_model.safetensors", torch.float16)
     model.text_encoder.config.save_pretrained(folder / "text_encoder")
-    save_weights(model.text_encoder, folder / "text_encoder" / "model.safetensors")
-    save_weights(model.adapter, folder / "adapter" / "model.safetensors")
+    save_weights(model.text_encoder, folder / "text_encoder" / "model.safetensors", torch.float16)
+    save_weights(model.adapter, folder / "adapter" / "model.safetensors", torch.float16)
     save_config(model.adapter.config, folder / "adapter" / "config.json")
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(MINI_SCHEDULER, indent=2) + "\n")
