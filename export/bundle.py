@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from pidiff.autoencoder import PatchAutoencoder
@@ -208,7 +207,7 @@ class _Export:
                 shutil.copyfile(file, root / file.name)
         directions = folder / "directions.safetensors"
         if directions.is_file():
-            save_file({k: v.float().contiguous() for k, v in read_tensors(directions).items()}, root / directions.name)
+            write_safetensors(root / directions.name, read_tensors(directions), torch.float32, "directions")
 
     # --- steps ---
 

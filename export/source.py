@@ -53,9 +53,8 @@ class Source:
 
     def weight_files(self, part: str) -> list[Path]:
         """The weights of a part: the full-precision safetensors (or .bin) files, all shards of them."""
-        given = {"adapter": self.adapter_file, "w_plus_encoder": self.encoder_file}.get(part)
-        if given is not None:
-            return [given]
+        if self._given(part):
+            return [self._given(part)]
         folder = self.folder / part
         stems = ("model", "diffusion_pytorch_model", "pytorch_model")
         for suffix in (".safetensors", ".bin"):
@@ -65,15 +64,19 @@ class Source:
         raise ExportError(f"model must have a weights file in {part}/, got none in {self.folder}")
 
     def stored_dtype(self, part: str) -> torch.dtype:
-        """dtype in which the checkpoint stores a part; published .pt files count as float32."""
-        return torch.float32 if self.weight_files(part)[0].suffix in (".pt", ".pth") else _named(
-            part, lambda: source_dtype(self.weight_files(part)))
+        """dtype in which the checkpoint stores a part; published files in its place count as float32."""
+        files = self.weight_files(part)
+        return torch.float32 if self._given(part) else _named(part, lambda: source_dtype(files))
+
+    def _given(self, part: str) -> Path | None:
+        return {"adapter": self.adapter_file, "w_plus_encoder": self.encoder_file}.get(part)
 
     def text_encoder(self) -> nn.Module:
         from transformers import CLIPTextModel
 
         def load():
-            model, info = CLIPTextModel.from_pretrained(self.folder / "text_encoder", local_files_only=True, output_loading_info=True)
+            model, info = CLIPTextModel.from_pretrained(self.folder / "text_encoder", local_files_only=True, output_loading_info=True,
+                                                        ignore_mismatched_sizes=True)     # named by _complete
             return _complete(model, info, "text_encoder")
 
         self.weight_files("text_encoder")

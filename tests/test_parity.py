@@ -1,0 +1,132 @@
+"""PyTorch against the runtime on the same exported bundle: the UNet call, and whole pictures from the same noise.
+
+PyTorch runs the trained model with diffusers' schedulers (`pidiff.sampling`); the runtime runs the graphs with the C++
+loop. Nothing but the bundle's folder is shared.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnx")
+pytest.importorskip("diffusers")
+
+from tiny_model import shared
+
+from pidiff import _C
+from pidiff.model import load_model
+from pidiff.runtime import Identity, Pipeline
+from pidiff.runtime.engines import call
+from pidiff.sampling import encode_prompts, mean_map, sample_latents
+
+PROMPT, NEGATIVE = "a pencil sketch of a person, smiling", "a dark photo"
+# Largest error of latents (of about unit variance) after all steps, and of pictures in grey levels.
+TOLERANCE = {"fp32": (2e-4, 1), "fp16": (5e-2, 6)}
+BUNDLES = ("fused", "fp16", "standard23")
+
+
+class Pair:
+    """One bundle, opened by both sides."""
+
+    def __init__(self, folder):
+        self.model, self.pipe = load_model(folder), Pipeline.from_bundle(folder, threads=2)
+        self.precision = self.pipe.bundle.manifest.precision
+        average = self.model.w_plus_encoder.latent_avg.numpy()
+        rng = np.random.default_rng(7)
+        self.people = [Identity((average + 0.5 * rng.standard_normal(average.shape)).astype(np.float32)) for _ in range(2)]
+
+    def codes(self, people, batch):
+        """w_plus [B, P, L, 512] for PyTorch."""
+        return torch.from_numpy(np.stack([p.w_plus for p in people]))[None].expand(batch, -1, -1, -1)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return functools.cache(lambda name: Pair(shared(name, tmp_path_factory)))
+
+
+def half_regions(side):
+    """Left half and right half of the latents, meeting in the middle: [2, h, w]."""
+    mask = np.zeros((2, side, side), np.float32)
+    mask[0, :, :side // 2], mask[1, :, side // 2:] = 1, 1
+    return mask
+
+
+def compare(pair, monkeypatch, people, *, solver, steps=6, seeds=(3, 4), id_mask=None, **options):
+    """Both sides from the same noise; asserts latents, identity map and pictures agree, and returns the latents."""
+    pipe, model = pair.pipe, pair.model
+    decoded = []
+    monkeypatch.setattr(pipe, "_decode", lambda latents, decode=pipe._decode: decoded.append(latents.copy()) or decode(latents))
+    result = pipe.generate(people or None, PROMPT, NEGATIVE, seed=list(seeds), scheduler=solver, num_inference_steps=steps,
+                           id_mask=id_mask, **options)
+    monkeypatch.undo()
+    noise = torch.from_numpy(_C.randn(list(seeds), pipe.bundle.manifest.model.latent_shape))
+    if "level_scale" in options:
+        options["level_scale"] = torch.tensor(options["level_scale"])
+    latents, maps = sample_latents(
+        model, pair.codes(people, len(seeds)) if people else None, PROMPT, NEGATIVE, solver=solver, num_inference_steps=steps,
+        id_mask=None if id_mask is None else torch.from_numpy(id_mask), latents=noise, **options)
+    atol, levels = TOLERANCE[pair.precision]
+    np.testing.assert_allclose(np.concatenate(decoded), latents.numpy(), atol=atol, rtol=atol)
+    if maps is None or result.identity_map is None:
+        assert maps is None and result.identity_map is None
+    else:
+        np.testing.assert_allclose(result.identity_map, maps.numpy(), atol=atol)
+    with torch.no_grad():
+        pictures = ((model.decode_latents(latents).clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.stack(result.images).astype(int) - pictures).max() <= levels
+    return latents.numpy()
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "ddim", "euler", "unipc"])
+def test_whole_picture_of_one_person(pairs, monkeypatch, solver):
+    pair = pairs("fused")
+    compare(pair, monkeypatch, pair.people[:1], solver=solver, guidance_scale=3.0)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_whole_picture_of_two_people_in_regions(pairs, monkeypatch, name):
+    pair = pairs(name)
+    mask = half_regions(pair.pipe.bundle.manifest.model.latent_shape[-1])
+    first = compare(pair, monkeypatch, pair.people, solver="dpmpp_2m", guidance_scale=2.0, id_mask=mask, id_scale=0.8,
+                    level_scale=(1.0, 0.5, 1.5, 0.0), id_start=0.34)
+    swapped = compare(pair, monkeypatch, pair.people[::-1], solver="dpmpp_2m", guidance_scale=2.0, id_mask=mask, id_scale=0.8)
+    assert np.abs(first - swapped).max() > 1e-3, "who is where must matter"
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_without_identity_both_sides_are_the_base_model(pairs, monkeypatch, name):
+    pair = pairs(name)
+    off = compare(pair, monkeypatch, pair.people[:1], solver="ddim", guidance_scale=1.0, id_scale=0.0)
+    nobody = compare(pair, monkeypatch, [], solver="ddim", guidance_scale=1.0)
+    on = compare(pair, monkeypatch, pair.people[:1], solver="ddim", guidance_scale=1.0)
+    np.testing.assert_array_equal(off, nobody)
+    assert np.abs(on - off).max() > 1e-3, "the identity must matter"
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_unet_call(pairs, name):
+    """One call through the runtime's engine: three pictures, two people, its own prepared inputs."""
+    pair = pairs(name)
+    pipe, model, (c, h, w) = pair.pipe, pair.model, pair.pipe.bundle.manifest.model.latent_shape
+    rng = np.random.default_rng(5)
+    latents, mask = rng.standard_normal((3, c, h, w)).astype(np.float32), rng.random((3, 2, h, w)).astype(np.float32)
+    scale, levels = np.array([0.0, 1.0, 0.5], np.float32), (0.2, 1.0, 1.4, 0.7)
+    table = call(pipe._graph("time_conditioner"), {"timesteps": np.array([999, 411.5], np.float32)})["time_table"]
+    outputs = call(pipe._graph("unet"), {
+        "latents": latents, "time_row": table[1:], "text_kv": np.repeat(pipe.prepare(PROMPT), 3, 0),
+        "id_fold": np.repeat(np.concatenate([pipe.fold(p, levels) for p in pair.people])[None], 3, 0), "id_mask": mask,
+        "id_scale": scale})
+    codes = pair.codes(pair.people, 3)
+    with torch.no_grad():
+        tokens = model.adapter.mapper(codes.flatten(0, 1)).unflatten(0, (3, 2))
+        with model.adapter.condition(tokens, torch.from_numpy(scale), torch.tensor(levels).expand(3, 2, 4),
+                                     torch.from_numpy(mask), keep_maps=True) as seen:
+            expected = model.unet(torch.from_numpy(latents), torch.tensor(411.5), encode_prompts(model, [PROMPT] * 3)).sample
+    atol = {"fp32": 2e-5, "fp16": 1e-2}[pair.precision]
+    np.testing.assert_allclose(outputs["model_output"].astype(np.float32), expected.numpy(), atol=atol)
+    if "identity_map" in outputs:
+        np.testing.assert_allclose(outputs["identity_map"].astype(np.float32), mean_map(seen.maps, (h, w)).numpy(), atol=atol)
+    assert ("identity_map" in outputs) == (model.adapter.config.mode == "parallel")
