@@ -72,7 +72,7 @@ class Pipeline:
 
     def mix(self, identity, other, levels, amount=1.0):
         """Return `identity` with W+ levels ("coarse", "middle", "fine", "finest") moved towards `other`."""
-        groups, layers = self.bundle.json("config/adapter.json").get("groups"), []
+        groups, layers = self.bundle.json("adapter/config.json").get("groups"), []
         for level in [levels] if isinstance(levels, str) else levels:
             require(level in LEVELS, "levels", f"be among {', '.join(LEVELS)}", repr(level))
             start = sum(groups[:LEVELS.index(level)])

@@ -128,7 +128,7 @@ def _write_texts(folder, rng):
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     texts = {
         "tokenizer/tokenizer_config.json": {"bos_token": WORDS[0], "eos_token": WORDS[1], "pad_token": {"content": WORDS[1]}},
-        "config/adapter.json": {"groups": [1, 1, 1, 1]},
+        "adapter/config.json": {"groups": [1, 1, 1, 1]},
         "schedule.json": {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear",
                           "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "v_prediction",
                           "timestep_spacing": "leading", "clip_sample": False},
