@@ -82,7 +82,8 @@ def test_custom_nodes_are_in_the_fused_form_only(bundles, name):
     if BUNDLES[name][1].form.opset == 23:
         assert sum(n.op_type == "Attention" and not n.domain for n in nodes(bundles(name) / "unet.onnx")) == 8
     for path in bundles(name).glob("*.onnx"):
-        onnx.checker.check_model(onnx.load(path, load_external_data=False)) if not own else None
+        if not (own and path.stem == "unet"):          # the checker knows no other domain than ONNX's
+            onnx.checker.check_model(str(path), full_check=True)
         domains = {o.domain for o in onnx.load(path, load_external_data=False).opset_import}
         assert domains == ({"", "pidiff"} if own and path.stem == "unet" else {""}), path
 
