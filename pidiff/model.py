@@ -110,6 +110,10 @@ def load_vae(folder: Path) -> nn.Module:
     return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
 
 
+def load_encoder(folder: Path) -> WPlusEncoder:
+    return _load_part(folder, WPlusEncoder(from_dict(WPlusEncoderConfig, _folder_config(folder))))
+
+
 def _load_text(folder: Path):
     from transformers import CLIPTextModel, CLIPTokenizer
     # transformers keeps the stored dtype; diffusers' models come in float32.
@@ -139,8 +143,7 @@ def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Pat
     if encoder_file is not None:
         encoder = load_e4e(encoder_file)
     else:
-        encoder = _load_part(folder / "w_plus_encoder",
-                             WPlusEncoder(from_dict(WPlusEncoderConfig, _folder_config(folder / "w_plus_encoder"))))
+        encoder = load_encoder(folder / "w_plus_encoder")
     directions_file = folder / "directions.safetensors"
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     return Model(unet, text_encoder, load_vae(folder / "vae"), tokenizer, scheduler, encoder, adapter.eval(),

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..checkpoint import CheckpointError, save_weights
 from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
 from ..data.people import People, load_people
-from ..model import load_model, load_vae
+from ..model import load_encoder, load_model, load_vae
 from .common import TrainConfig, Trainer, to_tensor
 
 DESCRIPTION = """\
@@ -23,8 +23,8 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train vae     --data DATA --model MODEL      autoencoder                   -> MODEL/vae
   pidiff-train encoder --data DATA --model MODEL      photo -> W+                   -> MODEL/w_plus_encoder
   pidiff-train matting --data DATA --model MODEL      background removal            -> MODEL/face_matting
-  pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae)
-  pidiff-train adapter --data DATA --model MODEL      identity only, on the encoder's own codes
+  pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder)
+  pidiff-train adapter --data DATA --model MODEL      identity branch only, the rest frozen
   pidiff-export MODEL BUNDLE                          deployable bundle
 
 The folder holds averaged weights in float16, as they are shipped; a stage that was stopped goes on, in float32, from
@@ -94,27 +94,35 @@ def train_matting(args, people: People) -> None:
     trainer.run(MattingLoss(model, people, args.config.batch_size, args.config.device))
 
 
+def encoder_codes(args, people: People):
+    """The trained encoder's codes and held-out errors, or None before the encoder stage."""
+    from .base import EncoderCodes, encoder_bank
+    if not (args.model / "w_plus_encoder" / "config.json").is_file():
+        print("no w_plus_encoder/ in the model yet: training on exact codes only")
+        return None
+    encoder, unseen = load_encoder(args.model / "w_plus_encoder"), load_people(args.data, 128, "validation")
+    return EncoderCodes(encoder_bank(encoder, people), encoder_bank(encoder, unseen) - unseen.w[:, None])
+
+
 def train_base(args, people: People) -> None:
     from .base import BaseLoss, build_base, save_base, training_alphas
     vae = load_vae(args.model / "vae").to(args.config.device)
     model, tokenizer = build_base(args.model, people.mean)
     model = model.to(args.config.device, memory_format=torch.channels_last)
     trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
-    trainer.run(BaseLoss(model, vae, tokenizer, people, training_alphas(), args.config.batch_size, device=args.config.device))
+    trainer.run(BaseLoss(model, vae, tokenizer, people, training_alphas(), args.config.batch_size,
+                         encoder_codes(args, people), device=args.config.device))
 
 
 def train_adapter(args, people: People) -> None:
-    from .base import AdapterLoss, BaseModel, encoder_bank, save_base, training_alphas
+    from .base import BaseLoss, BaseModel, save_base, training_alphas
     whole = load_model(args.model)
-    unseen = load_people(args.data, 128, "validation")
-    errors = encoder_bank(whole.w_plus_encoder, unseen) - unseen.w[:, None]
     model = BaseModel(whole.unet, whole.text_encoder, whole.adapter).to(args.config.device, memory_format=torch.channels_last)
     model.requires_grad_(False)
     model.adapter.requires_grad_(True)
     trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
-    trainer.run(AdapterLoss(model, whole.vae.to(args.config.device), whole.tokenizer, people, training_alphas(),
-                            args.config.batch_size, device=args.config.device,
-                            bank=encoder_bank(whole.w_plus_encoder, people), errors=errors))
+    trainer.run(BaseLoss(model, whole.vae.to(args.config.device), whole.tokenizer, people, training_alphas(),
+                         args.config.batch_size, encoder_codes(args, people), device=args.config.device))
 
 
 STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "base": train_base, "adapter": train_adapter}

@@ -35,7 +35,17 @@ class BaseOptions:
     id_null: float = 0.07
     id_same: float = 0.25               # share of references that are the very picture to draw
     code_noise: float = 0.15            # W noise, standard deviation up to this (a code's own is about 0.34)
+    encoded: float = 0.6                # share of references that went through the encoder, where there is one
     localisation: float = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderCodes:
+    """people [N, L, 512]: the encoder's codes of the training pictures. errors [M, L, 512]: encoder minus exact code on
+    people it was not trained on, so that the identity branch meets the errors that it will meet in use."""
+
+    people: np.ndarray
+    errors: np.ndarray
 
 
 class BaseModel(nn.Module):
@@ -66,10 +76,10 @@ class BaseLoss:
     """Draws a batch and computes the loss; see the module docstring."""
 
     def __init__(self, model: BaseModel, autoencoder: nn.Module, tokenizer, people: People, alphas_cumprod: Tensor,
-                 batch_size: int, options: BaseOptions = BaseOptions(), device: str = "cpu"):
+                 batch_size: int, codes: "EncoderCodes | None" = None, options: BaseOptions = BaseOptions(), device: str = "cpu"):
         self.model, self.autoencoder, self.tokenizer, self.people = model, autoencoder, tokenizer, people
         self.alphas_cumprod, self.batch_size, self.options, self.device = alphas_cumprod, batch_size, options, device
-        self.variants = people.variants()
+        self.variants, self.encoder_codes = people.variants(), codes
         self.levels = sum(model.adapter.config.groups)
 
     def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
@@ -89,12 +99,18 @@ class BaseLoss:
         for index in indices:
             others = self.variants[int(self.people.identity[index])]
             reference = index if rng.random() < o.id_same else rng.choice(others)
-            w = self.people.w[reference] + rng.normal(0, o.code_noise * rng.random(), 512).astype(np.float32)
             kind = rng.random()
-            w_plus.append(np.zeros_like(w) if kind < o.id_null else w)
+            w_plus.append(np.zeros((self.levels, 512)) if kind < o.id_null else self.code(reference, rng))
             scale.append(0.0 if o.id_null <= kind < o.id_null + o.id_off else 1.0)
-        w_plus = torch.from_numpy(np.stack(w_plus).astype(np.float32)).to(self.device)
-        return w_plus[:, None].expand(-1, self.levels, -1), torch.tensor(scale, device=self.device)
+        return (torch.from_numpy(np.stack(w_plus).astype(np.float32)).to(self.device), torch.tensor(scale, device=self.device))
+
+    def code(self, reference: int, rng: np.random.Generator) -> np.ndarray:
+        """Code [L, 512] of a reference picture: exact with some noise, or the encoder's with the encoder's errors."""
+        if self.encoder_codes is not None and rng.random() < self.options.encoded:
+            known = self.encoder_codes
+            return known.people[reference] + rng.random() * known.errors[rng.integers(len(known.errors))]
+        exact = self.people.w[reference] + rng.normal(0, self.options.code_noise * rng.random(), 512)
+        return np.broadcast_to(exact, (self.levels, 512))
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
         latents, masks, captions, indices = self.batch(rng)
@@ -141,29 +157,6 @@ def training_alphas() -> Tensor:
     betas = torch.linspace(MINI_SCHEDULER["beta_start"], MINI_SCHEDULER["beta_end"], MINI_SCHEDULER["num_train_timesteps"],
                            dtype=torch.float64)
     return torch.cumprod(1 - betas, 0).float()
-
-
-class AdapterLoss(BaseLoss):
-    """Only the identity branch learns, on codes with the encoder's own errors.
-
-    `bank` [N, L, 512] are the encoder's codes of the training pictures; `errors` [M, L, 512] are encoder minus exact
-    code on people it was not trained on, so that the branch meets the errors it will meet in use.
-    """
-
-    def __init__(self, *args, bank: np.ndarray, errors: np.ndarray, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.bank, self.errors = bank, errors
-
-    def codes(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        w_plus, id_scale = super().codes(indices, rng)
-        w_plus = w_plus.clone()
-        for row, index in enumerate(indices):
-            if not w_plus[row].any():
-                continue
-            reference = rng.choice(self.variants[int(self.people.identity[index])])
-            code = self.bank[reference] + rng.random() * self.errors[rng.integers(len(self.errors))]
-            w_plus[row] = torch.from_numpy(code.astype(np.float32))
-        return w_plus, id_scale
 
 
 @torch.no_grad()
