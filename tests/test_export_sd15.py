@@ -1,0 +1,47 @@
+"""Export of the full SD1.5 configuration with random weights: it verifies, and stays under 8 GiB. Slow: minutes, 9 GB of disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnx")
+pytest.importorskip("diffusers")
+
+from pidiff.runtime.bundle import Bundle
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "make_sd15_random.py"
+# In a process of its own, so that the peak is the export's.
+EXPORT = """
+import json, resource, sys, time
+from pidiff.export.__main__ import main
+start = time.time()
+status = main(sys.argv[1:] + ["--quiet"])
+print(json.dumps({"status": status, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                  "seconds": time.time() - start}))
+"""
+
+
+@pytest.mark.parametrize("stored, options", [("float16", []), ("float16", ["--fp16"]), ("float32", ["--attention", "standard"])])
+def test_sd15_exports_in_8_gib(stored, options, tmp_path, record_property):
+    if not SCRIPT.is_file():
+        pytest.skip("benchmarks/ is not part of the installed package")
+    subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "model"), "--dtype", stored], check=True, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", EXPORT, str(tmp_path / "model"), str(tmp_path / "out"), *options],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    measured = json.loads(run.stdout)
+    record_property("measured", measured)
+    assert measured["status"] == 0, run.stderr
+    assert measured["gib"] < 8
+    bundle = Bundle.open(tmp_path / "out")
+    weights = bundle.manifest.files["unet/diffusion_pytorch_model.safetensors"].size
+    assert weights > (3 << 30 if stored == "float32" else 1.6 * 2**30)
+    assert len(bundle.manifest.model.unet.channels) == 16 and bundle.manifest.model.image_size == 512
+    assert bundle.manifest.parity["unet"]["max_rel"] < (2e-2 if "--fp16" in options else 5e-5)
+    assert all(s.size < 2 << 20 for f, s in bundle.manifest.files.items() if f.endswith(".onnx"))
