@@ -25,7 +25,7 @@ def check_unet(unet: nn.Module) -> None:
     """Raise ValueError for a UNet that takes other inputs than SD1.x's."""
     for key in _UNSUPPORTED:
         value = unet.config.get(key)
-        if value not in (None, False):
+        if any(value) if isinstance(value, (list, tuple)) else value not in (None, False):
             raise ValueError(f"UNet {key} must be off for export, got {value!r}")
 
 
