@@ -43,6 +43,18 @@ def test_a_finished_stage_is_not_trained_again(trained, people_folder):
     assert torch.load(log, weights_only=True)["step"] == 2 and len(before) == log.stat().st_size
 
 
+def test_a_folder_without_state_is_gone_on_with(trained, people_folder, tmp_path):
+    """A copy of a model (or bundle) is a starting point: the weights move on from it, they do not start afresh."""
+    import shutil
+    from safetensors.torch import load_file
+    shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns(".state"))
+    file = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = load_file(file)["conv_in.weight"].float()
+    assert run("base", people_folder, tmp_path / "copy", "--steps", "1", "--learning-rate", "1e-5") == 0
+    after = load_file(file)["conv_in.weight"].float()
+    assert 0 < (after - before).abs().max() < 0.01 * before.abs().max()
+
+
 def test_resume_is_exact(tmp_path):
     def trainer(out, steps):
         torch.manual_seed(0)

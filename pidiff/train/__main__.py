@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoint import CheckpointError, save_weights
+from ..checkpoint import CheckpointError, load_strict, read_tensors, save_weights
 from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
 from ..data.people import People, load_people
 from ..model import load_encoder, load_model, load_vae
@@ -28,7 +28,7 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-export MODEL BUNDLE                          deployable bundle
 
 The folder holds averaged weights in float16, as they are shipped; a stage that was stopped goes on, in float32, from
-MODEL/.state/STAGE/state.pt."""
+MODEL/.state/STAGE/state.pt. Without that file it begins with the folder's weights, or from nothing."""
 
 PRESETS = {
     "vae": TrainConfig(steps=8000, batch_size=48, learning_rate=1e-3, decay=0.6, ema_decay=0.99),
@@ -45,15 +45,27 @@ def _trainer(args, model, export) -> Trainer:
     return Trainer(model, copy.deepcopy(model), args.config, args.model / ".state" / args.stage, export)
 
 
+def _start_from(module: torch.nn.Module, file: Path) -> bool:
+    """Begin with the folder's weights where it has any (a copy of a bundle will do); a state.pt goes before them."""
+    if not file.is_file():
+        return False
+    state = read_tensors(file)
+    if not any(k.startswith("text_model.") for k in module.state_dict()):       # transformers 5 has dropped the prefix
+        state = {k.removeprefix("text_model."): v for k, v in state.items()}
+    load_strict(module, state, file.parent.name)
+    return True
+
+
 def train_vae(args, people: People) -> None:
     from ..autoencoder import PatchAutoencoder
     from .vae import VaeLoss, reconstruction_psnr
-    model = PatchAutoencoder()
-    model.init_from_patches(to_tensor(people.images[::max(1, len(people) // 1200)]))
+    model, file = PatchAutoencoder(), args.model / "vae" / "diffusion_pytorch_model.safetensors"
+    if not _start_from(model, file):
+        model.init_from_patches(to_tensor(people.images[::max(1, len(people) // 1200)]))
     model = model.to(args.config.device, memory_format=torch.channels_last)
 
     def export(ema, _):
-        save_weights(ema, args.model / "vae" / "diffusion_pytorch_model.safetensors", torch.float16)
+        save_weights(ema, file, torch.float16)
         save_config(ema.config, args.model / "vae" / "config.json")
 
     trainer = _trainer(args, model, export)
@@ -65,12 +77,13 @@ def train_vae(args, people: People) -> None:
 def train_encoder(args, people: People) -> None:
     from ..w_plus_encoder import WPlusEncoder
     from .face import EncoderLoss, encoder_scores
-    model = WPlusEncoder(W_PLUS_MINI)
+    model, file = WPlusEncoder(W_PLUS_MINI), args.model / "w_plus_encoder" / "model.safetensors"
+    _start_from(model, file)
     model.latent_avg.copy_(torch.from_numpy(people.mean).expand_as(model.latent_avg))
     model = model.to(args.config.device, memory_format=torch.channels_last)
 
     def export(ema, _):
-        save_weights(ema, args.model / "w_plus_encoder" / "model.safetensors", torch.float16)
+        save_weights(ema, file, torch.float16)
         save_config(ema.config, args.model / "w_plus_encoder" / "config.json")
 
     trainer = _trainer(args, model, export)
@@ -88,9 +101,10 @@ def edit_directions(people: People, levels: int) -> dict[str, torch.Tensor]:
 def train_matting(args, people: People) -> None:
     from ..matting import FaceMatting
     from .face import MattingLoss
-    model = FaceMatting().to(args.config.device, memory_format=torch.channels_last)
-    trainer = _trainer(args, model, lambda ema, _: save_weights(ema, args.model / "face_matting" / "model.safetensors",
-                                                                 torch.float16))
+    model, file = FaceMatting(), args.model / "face_matting" / "model.safetensors"
+    _start_from(model, file)
+    model = model.to(args.config.device, memory_format=torch.channels_last)
+    trainer = _trainer(args, model, lambda ema, _: save_weights(ema, file, torch.float16))
     trainer.run(MattingLoss(model, people, args.config.batch_size, args.config.device))
 
 
@@ -108,6 +122,8 @@ def train_base(args, people: People) -> None:
     from .base import BaseLoss, build_base, save_base, training_alphas
     vae = load_vae(args.model / "vae").to(args.config.device)
     model, tokenizer = build_base(args.model, people.mean)
+    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model")):
+        _start_from(getattr(model, part), args.model / part / f"{file}.safetensors")
     model = model.to(args.config.device, memory_format=torch.channels_last)
     trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
     trainer.run(BaseLoss(model, vae, tokenizer, people, training_alphas(), args.config.batch_size,
