@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from pidiff.autoencoder import PatchAutoencoder
 from pidiff.train.__main__ import main
 from pidiff.train.base import localisation_loss
-from pidiff.train.common import TrainConfig, Trainer, average, stratified_timesteps, to_images, to_tensor
+from pidiff.train.common import TrainConfig, Trainer, average, to_images, to_tensor, training_timesteps
 
 
 def run(stage, data, model, *more):
@@ -106,8 +106,6 @@ def test_average_and_helpers():
     want = 0.75 * a.weight + 0.25 * b.weight
     average(a, b, 0.75)
     torch.testing.assert_close(a.weight, want)
-    t = stratified_timesteps(10, 1000)
-    assert (t // 100).tolist() == list(range(10))
     image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
     assert (to_images(to_tensor(image)) == image).all()
 
@@ -129,3 +127,12 @@ def test_missing_data_gives_one_sentence(tmp_path, capsys):
 def test_logs_hold_losses(trained):
     state = torch.load(trained / ".state" / "base" / "state.pt", weights_only=True)
     assert state["step"] == 2 and json.loads(state["numpy_rng"])["bit_generator"] == "PCG64"
+
+
+def test_training_timesteps_follow_the_log_normal():
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
+    t = training_timesteps(20000, alphas)
+    log_sigma = ((1 - alphas) / alphas).sqrt().log()[t]
+    assert 0 <= t.min() and t.max() <= 999
+    assert abs(log_sigma.mean() + 0.2) < 0.05 and abs(log_sigma.std() - 1.5) < 0.05
+    assert (training_timesteps(64, alphas).diff() >= 0).all(), "one from each part of the distribution"

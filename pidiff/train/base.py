@@ -25,7 +25,7 @@ from ..identity import IdentityAdapter
 from ..model import MINI_SCHEDULER, MINI_TEXT, mini_text_encoder, mini_unet
 from ..tokenizer import build_tokenizer
 from ..unet import attach
-from .common import stratified_timesteps, to_tensor
+from .common import to_tensor, training_timesteps
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class BaseLoss:
         w_plus, id_scale = self.codes(indices, rng)
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         prompt_embeds = self.model.text_encoder(ids.to(self.device)).last_hidden_state
-        timesteps = stratified_timesteps(len(latents), len(self.alphas_cumprod)).to(self.device)
+        timesteps = training_timesteps(len(latents), self.alphas_cumprod).to(self.device)
         alpha = self.alphas_cumprod.to(self.device)[timesteps].view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise

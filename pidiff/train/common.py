@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,13 +151,13 @@ def to_images(tensor: Tensor) -> np.ndarray:
     return tensor.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def stratified_timesteps(count: int, total: int, generator: torch.Generator | None = None) -> Tensor:
-    """One timestep from each of `count` equal parts of [0, total): lower variance than independent draws."""
-    return ((torch.arange(count) + torch.rand(count, generator=generator)) * (total / count)).long().clamp(0, total - 1)
+def training_timesteps(count: int, alphas_cumprod: Tensor, mean: float = -0.2, std: float = 1.5) -> Tensor:
+    """Timesteps [count] with log sigma ~ N(mean, std), stratified over the batch (Karras et al. 2022, arXiv 2206.00364).
 
-
-def batches(indices: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless shuffled batches."""
-    while True:
-        order = rng.permutation(indices)
-        yield from (order[i:i + size] for i in range(0, len(order) - size + 1, size))
+    Uniform timesteps of the linear schedule would spend half of the batch on noise three times the signal, while a
+    sampler with Karras sigmas takes most of its steps below it. sigma = sqrt((1 - alpha) / alpha).
+    """
+    log_sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().log()
+    uniform = (torch.arange(count) + torch.rand(count)) / count
+    wanted = mean + std * torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))
+    return torch.searchsorted(log_sigma, wanted).clamp(0, len(log_sigma) - 1)
