@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 
+# A job in the background of a script starts with SIGINT ignored, and its children too: the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np

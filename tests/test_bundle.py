@@ -324,7 +324,8 @@ def test_killed_writer_leaves_no_bundle(tmp_path):
     code = ("import sys, os, signal; from pidiff.runtime.bundle import BundleWriter\n"
             "with BundleWriter(sys.argv[1]) as w:\n"
             "    (w.path / 'a').write_bytes(b'x' * 1000); os.kill(os.getpid(), signal.SIGINT); (w.path / 'b').write_bytes(b'')")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
+                          cwd=tmp_path)
     assert "KeyboardInterrupt" in done.stderr and leftovers(tmp_path) == []
 
 

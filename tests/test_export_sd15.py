@@ -32,7 +32,7 @@ def test_sd15_exports_in_8_gib(stored, options, tmp_path, record_property):
     if not SCRIPT.is_file():
         pytest.skip("benchmarks/ is not part of the installed package")
     subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "model"), "--dtype", stored], check=True, capture_output=True)
-    run = subprocess.run([sys.executable, "-c", EXPORT, str(tmp_path / "model"), str(tmp_path / "out"), *options],
+    run = subprocess.run([sys.executable, "-c", EXPORT, str(tmp_path / "model"), str(tmp_path / "out"), *options], cwd=tmp_path,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     measured = json.loads(run.stdout)

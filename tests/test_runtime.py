@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -538,7 +539,9 @@ def test_an_interrupted_write_keeps_the_old_picture(tiny, photo, tmp_path, monke
 
 
 def subprocess_run(code, *args, **options):
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, **options)
+    """Run code away from the repository's root, where the folder pidiff/ would hide the installed package."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120,
+                          cwd=Path(__file__).parent, **options)
 
 
 def test_full_disk_for_real(tiny, photo, tmp_path):

@@ -122,7 +122,7 @@ def _graphs(rng, t):
 
 def _write_texts(folder, rng):
     (folder / "tokenizer").mkdir()
-    (folder / "config").mkdir()
+    (folder / "adapter").mkdir()
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token=WORDS[1]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
