@@ -108,7 +108,9 @@ def foreground(reader: FaceReader, image: np.ndarray) -> np.ndarray:
     """Person mask float32 [H, W] of a generated picture, by the bundle's own matting."""
     from pidiff.runtime.engines import call
     from pidiff.runtime.faces import to_planes
-    return np.clip(call(reader._load("face_matting"), {"face": to_planes(image)})["alpha"][0, 0].astype(np.float32), 0, 1)
+    face = cv2.resize(image, (reader.size, reader.size), interpolation=cv2.INTER_AREA)
+    alpha = call(reader._load("face_matting"), {"face": to_planes(face)})["alpha"][0, 0].astype(np.float32)
+    return np.clip(cv2.resize(alpha, image.shape[1::-1]), 0, 1)
 
 
 def main() -> None:
