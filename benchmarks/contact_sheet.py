@@ -1,4 +1,4 @@
-"""People across, prompts down: python -m benchmarks.contact_sheet examples/person-*.jpg --out examples/sheet.png"""
+"""People across, prompts down: python -m benchmarks.contact_sheet examples/person-*.jpg --out examples/sheet.jpg"""
 
 import argparse
 from pathlib import Path

@@ -181,7 +181,7 @@ class _Export:
         self._verify([self._write(parts.matting_graph(matting, self.sizes), case)])
 
     def _faces(self) -> None:
-        folders = (self.source.folder, shipped_bundle(), shipped_bundle().parent / "face")
+        folders = (self.source.folder, shipped_bundle())
         folder = next((f for f in folders if all((f / f"{n}.onnx").is_file() for n in FACE_GRAPHS)), None)
         if folder is None:
             raise ExportError(f"pidiff must be installed with its face detector, got no face_pnet.onnx in {folders[-1]}")

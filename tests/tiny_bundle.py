@@ -1,6 +1,6 @@
 """A bundle with the format of a real one and graphs of a few random numbers, so that the runtime is tested in seconds.
 
-Every input of every graph reaches the output; nothing was trained. The face detector is the real one of models/face.
+Every input of every graph reaches the output; nothing was trained. The face detector is the real one of models/mini.
 """
 
 import json
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pidiff.runtime.bundle import BundleWriter, GraphSpec, TensorSpec
 
-FACE_MODELS = Path(__file__).resolve().parent.parent / "models" / "face"
+FACE_MODELS = Path(__file__).resolve().parent.parent / "models" / "mini"
 LAYERS, CHANNELS, SIDE, FACTOR, LENGTH, DIM, FACE = 4, 4, 4, 8, 8, 6, 64
 SUM_C, SUM_CT, FOLD = 10, 5, 12
 WORDS = "<|startoftext|> <|endoftext|> a photo of person red blue background smiling , sketch".split()
