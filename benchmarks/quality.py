@@ -90,10 +90,11 @@ def evaluate(pipeline: Pipeline, embed: Embedder, people, count: int, args) -> t
     change = []
     for a, b, m, n in zip(rows["generated"], rows["switched"], masks["generated"], masks["switched"]):
         outside = cv2.dilate(np.maximum(m, n), np.ones((9, 9))) < 0.1
-        change.append(np.abs(a.astype(float) - b)[outside].mean() if outside.any() else 0.0)
+        if outside.any():                       # a picture without background says nothing about it
+            change.append(np.abs(a.astype(float) - b)[outside].mean())
     summary = {"people": count, "steps": args.steps, "guidance_scale": args.guidance_scale,
                "seconds_per_picture": round(seconds, 3),
-               "background": interval(np.array(correct, float), rng), "disruption": interval(change, rng)}
+               "background": interval(np.array(correct, float), rng), "disruption": interval(change, rng), "disruption_people": len(change)}
     for name, pictures in (("rank1", rows["generated"]), ("rank1_ceiling_other_photo", others), ("rank1_floor_id_off", rows["id_scale_0"])):
         hits, own = identification([embed(p) for p in pictures], references)
         summary[name] = interval(hits, rng)
