@@ -46,7 +46,7 @@ class WPlusEncoderConfig:
 
 E4E_FFHQ = WPlusEncoderConfig()
 W_PLUS_MINI = WPlusEncoderConfig(input_size=64, num_styles=12, stem_channels=32, stage_channels=(32, 64, 128, 192),
-                                 stage_blocks=(1, 2, 3, 2), head_channels=48)
+                                 stage_blocks=(1, 2, 3, 2), head_channels=64)
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,34 @@ class WPlusEncoder(nn.Module):
         self.styles = nn.ModuleList(
             StyleHead(c4, config.head_channels, config.style_dim, config.input_size // self._stride(i))
             for i in range(config.num_styles))
+        for head in self.styles[1:]:                    # every level begins as the main code
+            nn.init.zeros_(head.linear.weight)
         self.register_buffer("latent_avg", torch.zeros(config.num_styles, config.style_dim))
 
     def _stride(self, style: int) -> int:
         return 16 if style < self.config.coarse_styles else 8 if style < self.config.middle_styles else 4
 
+    @torch.no_grad()
+    def init_main_code(self, codes: Tensor) -> None:
+        """Point the main head at the principal components of `codes` [N, style_dim], each with its own deviation."""
+        linear = self.styles[0].linear
+        std, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)[1:]
+        count = min(linear.weight.shape[1], len(std))
+        linear.weight.zero_()
+        linear.weight[:, :count] = (directions[:count] * std[:count, None]).T / len(codes) ** 0.5 / linear.scale
+
     def forward(self, face: Tensor) -> Tensor:
+        maps = self._maps(face)
+        codes = [head(maps[self._stride(i)]) for i, head in enumerate(self.styles)]
+        main = codes[0]
+        return torch.stack([main] + [main + offset for offset in codes[1:]], dim=1) + self.latent_avg
+
+    def main_code(self, face: Tensor) -> Tensor:
+        """w_0 [B, 512] alone: what e4e's first training stage learns, at a third less work."""
+        return self.styles[0](self._maps(face)[self._stride(0)]) + self.latent_avg[0]
+
+    def _maps(self, face: Tensor) -> dict[int, Tensor]:
+        """Feature pyramid: stride -> map."""
         taps = []
         ends = list(accumulate(self.config.stage_blocks))
         x = self.input_layer(face)
@@ -109,10 +131,7 @@ class WPlusEncoder(nn.Module):
         c1, c2, c3 = taps
         p2 = _upsample_like(c3, c2) + self.latlayer1(c2)
         p1 = _upsample_like(p2, c1) + self.latlayer2(c1)
-        maps = {16: c3, 8: p2, 4: p1}
-        codes = [head(maps[self._stride(i)]) for i, head in enumerate(self.styles)]
-        main = codes[0]
-        return torch.stack([main] + [main + offset for offset in codes[1:]], dim=1) + self.latent_avg
+        return {16: c3, 8: p2, 4: p1}
 
 
 def _upsample_like(x: Tensor, target: Tensor) -> Tensor:

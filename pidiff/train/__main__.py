@@ -31,11 +31,11 @@ The folder holds averaged weights in float16, as they are shipped; a stage that 
 MODEL/.state/STAGE/state.pt. Without that file it begins with the folder's weights, or from nothing."""
 
 PRESETS = {
-    "vae": TrainConfig(steps=8000, batch_size=48, learning_rate=1e-3, decay=0.6, ema_decay=0.99),
-    "encoder": TrainConfig(steps=20000, batch_size=32, learning_rate=1e-3, weight_decay=0.05, decay=0.6, ema_decay=0.998),
+    "vae": TrainConfig(steps=8000, batch_size=48, decay=0.6, ema_decay=0.99),
+    "encoder": TrainConfig(steps=20000, batch_size=32, weight_decay=0.05, decay=0.6, ema_decay=0.998),
     "matting": TrainConfig(steps=3000, batch_size=16, learning_rate=2e-3, decay=0.6, ema_decay=0.99),
-    "base": TrainConfig(steps=60000, batch_size=32, learning_rate=5e-4, decay=0.3, ema_decay=0.998),
-    "adapter": TrainConfig(steps=5000, batch_size=32, learning_rate=2e-4, decay=0.5, ema_decay=0.998),
+    "base": TrainConfig(steps=60000, batch_size=16, decay=0.3, ema_decay=0.998),
+    "adapter": TrainConfig(steps=5000, batch_size=16, matrix_learning_rate=0.005, learning_rate=2e-4, decay=0.5, ema_decay=0.998),
 }
 
 SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "base": 128, "adapter": 128}
@@ -78,7 +78,8 @@ def train_encoder(args, people: People) -> None:
     from ..w_plus_encoder import WPlusEncoder
     from .face import EncoderLoss, encoder_scores
     model, file = WPlusEncoder(W_PLUS_MINI), args.model / "w_plus_encoder" / "model.safetensors"
-    _start_from(model, file)
+    if not _start_from(model, file):
+        model.init_main_code(torch.from_numpy(people.w))
     model.latent_avg.copy_(torch.from_numpy(people.mean).expand_as(model.latent_avg))
     model = model.to(args.config.device, memory_format=torch.channels_last)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,18 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from .muon import Muon, split_parameters
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. The learning rate is constant after `warmup_steps` and falls to zero over the last `decay` share."""
+    """One run. Learning rates are constant after `warmup_steps` and fall to zero over the last `decay` share."""
 
     steps: int = 10_000
     batch_size: int = 32
-    learning_rate: float = 4e-4
+    learning_rate: float = 1e-3         # of AdamW: biases, norms, embeddings
+    matrix_learning_rate: float = 0.02  # of Muon: matrices and kernels
     weight_decay: float = 0.01
     warmup_steps: int = 100
     decay: float = 0.3
@@ -43,17 +48,32 @@ class TrainConfig:
 def average(target: nn.Module, source: nn.Module, decay: float) -> None:
     """target <- decay target + (1 - decay) source, for parameters; buffers are copied."""
     with torch.no_grad():
-        for a, b in zip(target.parameters(), source.parameters()):
-            a.lerp_(b, 1 - decay)
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
         for a, b in zip(target.buffers(), source.buffers()):
             a.copy_(b)
 
 
+def join_processes(device: str) -> None:
+    """Become one of the processes that `torchrun` or `accelerate launch` started; nothing happens without them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    for t, part in zip(tensors, (flat / dist.get_world_size()).split([t.numel() for t in tensors])):
+        t.copy_(part.view_as(t))
+
+
 @dataclass
 class Trainer:
-    """Runs `loss_fn(rng, generator) -> (loss, scalars)` on `model`, keeping averaged weights in `ema`.
+    """Runs `loss_fn(rng) -> (loss, scalars)` on `model`, keeping averaged weights in `ema`.
 
-    The checkpoint `state.pt` in `out` holds everything needed to go on; a killed run resumes from it.
+    The checkpoint `state.pt` in `out` holds everything needed to go on; a killed run resumes from it. Random numbers
+    depend on seed, step and process only. With several processes each draws its own batch of `batch_size`, gradients
+    are averaged, and the first one writes; only that one returns from `run`.
     """
 
     model: nn.Module
@@ -63,14 +83,24 @@ class Trainer:
     export: Callable[[nn.Module, Path], None]      # writes the averaged weights
     step: int = 0
     seconds: float = 0.0
-    rng: np.random.Generator = field(init=False)
+    rank: int = field(init=False, default=0)
 
     def __post_init__(self):
         c = self.config
-        torch.manual_seed(c.seed)
-        self.rng = np.random.default_rng(c.seed)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], c.learning_rate,
-                                           betas=(0.9, 0.99), weight_decay=c.weight_decay)
+        join_processes(c.device)
+        if dist.is_initialized():
+            self.rank = dist.get_rank()
+            for tensor in [*self.model.state_dict().values(), *self.ema.state_dict().values()]:
+                dist.broadcast(tensor, 0)
+        matrices, others = split_parameters(self.model)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.optimizers.append(Muon(matrices, c.matrix_learning_rate, weight_decay=c.weight_decay))
+        if others:
+            self.optimizers.append(torch.optim.AdamW(others, c.learning_rate, betas=(0.9, 0.99),
+                                                     weight_decay=c.weight_decay, fused=True))
+        for group in (g for o in self.optimizers for g in o.param_groups):
+            group["initial_lr"] = group["lr"]
         self.out.mkdir(parents=True, exist_ok=True)
         if (self.out / "state.pt").is_file():
             self._resume()
@@ -79,23 +109,24 @@ class Trainer:
         c = self.config
         return self.step / c.steps if c.minutes is None else self.seconds / (60 * c.minutes)
 
-    def learning_rate(self) -> float:
+    def rate(self) -> float:
+        """Factor on every learning rate."""
         c = self.config
         warm = min(1.0, (self.step + 1) / max(1, c.warmup_steps))
-        return c.learning_rate * warm * min(1.0, max(0.01, (1 - self.progress()) / max(c.decay, 1e-9)))
+        return warm * min(1.0, max(0.01, (1 - self.progress()) / max(c.decay, 1e-9)))
 
     def run(self, loss_fn: Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]]) -> None:
         c = self.config
-        bar = tqdm(total=c.steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
-        with (self.out / "log.jsonl").open("a") as log:
+        bar = tqdm(total=c.steps, initial=self.step, unit="step", disable=True if self.rank else None, dynamic_ncols=True)
+        with (self.out / "log.jsonl" if self.rank == 0 else Path(os.devnull)).open("a") as log:
             while self.progress() < 1:
                 started = time.perf_counter()
                 scalars = self._step(loss_fn)
-                self.seconds += time.perf_counter() - started
+                self._count_time(time.perf_counter() - started)
                 bar.update()
                 bar.set_postfix(scalars)
                 if self.step % 25 == 0:
-                    rate = c.batch_size / (time.perf_counter() - started)
+                    rate = self.world_size * c.batch_size / (time.perf_counter() - started)
                     log.write(json.dumps({"step": self.step, "minutes": round(self.seconds / 60, 2),
                                           "images_per_second": round(rate, 1), **scalars}) + "\n")
                     log.flush()
@@ -103,29 +134,48 @@ class Trainer:
                     self.save()
         bar.close()
         self.save()
+        if self.rank:
+            sys.exit(0)
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    def _count_time(self, seconds: float) -> None:
+        """Add a step's time; processes agree on it, since the learning rate may follow the clock."""
+        taken = torch.tensor(seconds, dtype=torch.float64, device=self.config.device)
+        if dist.is_initialized():
+            average_over_processes([taken])
+        self.seconds += float(taken)
 
     def _step(self, loss_fn) -> dict[str, float]:
         c = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        for group in (g for o in self.optimizers for g in o.param_groups):
+            group["lr"] = group["initial_lr"] * self.rate()
+        rng = np.random.default_rng((c.seed, self.step, self.rank))
+        torch.manual_seed(int(rng.integers(2 ** 62)))
         # The CPU flash kernel's backward takes three times the time of plain matrix products at these sizes.
         backends = [SDPBackend.MATH] if c.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         with sdpa_kernel(backends), torch.autocast(c.device, torch.bfloat16, enabled=c.precision == "bf16"):
-            loss, scalars = loss_fn(self.rng)
+            loss, scalars = loss_fn(rng)
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss must be finite, got {loss.item()} at step {self.step}; lower --learning-rate")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
+        if dist.is_initialized():
+            average_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
         nn.utils.clip_grad_norm_(self.model.parameters(), c.max_grad_norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         average(self.ema, self.model, min(c.ema_decay, (1 + self.step) / (10 + self.step)))
         return {k: round(float(v), 4) for k, v in {"loss": loss.detach(), **scalars}.items()}
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "step": self.step, "seconds": self.seconds, "torch_rng": torch.get_rng_state(),
-                 "numpy_rng": json.dumps(self.rng.bit_generator.state)}
+        if self.rank:
+            return
+        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+                 "step": self.step, "seconds": self.seconds}
         temporary = self.out / "state.pt.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.out / "state.pt")
@@ -135,10 +185,9 @@ class Trainer:
         state = torch.load(self.out / "state.pt", weights_only=True, map_location=self.config.device)
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
-        torch.set_rng_state(state["torch_rng"].cpu())
-        self.rng.bit_generator.state = json.loads(state["numpy_rng"])
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -151,7 +200,7 @@ def to_images(tensor: Tensor) -> np.ndarray:
     return tensor.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def training_timesteps(count: int, alphas_cumprod: Tensor, mean: float = -0.2, std: float = 1.5) -> Tensor:
+def training_timesteps(count: int, alphas_cumprod: Tensor, mean: float = 0.8, std: float = 1.7) -> Tensor:
     """Timesteps [count] with log sigma ~ N(mean, std), stratified over the batch (Karras et al. 2022, arXiv 2206.00364).
 
     Uniform timesteps of the linear schedule would spend half of the batch on noise three times the signal, while a

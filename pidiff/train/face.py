@@ -36,9 +36,10 @@ def any_background(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 
 
 class EncoderLoss:
-    """Mean squared error of w_plus in units of a code's standard deviation, at every W+ level.
+    """Mean squared error of the main code in units of a code's standard deviation.
 
-    Levels share one exact code in this data, so the offsets of levels >= 1 are also driven to zero.
+    Levels share one exact code in this data, so the offsets of levels >= 1 stay at zero, where they begin (e4e's
+    first stage).
     """
 
     def __init__(self, model: nn.Module, people: People, batch_size: int, device: str = "cpu"):
@@ -48,8 +49,8 @@ class EncoderLoss:
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
         indices = rng.integers(len(self.people), size=self.batch_size)
         images, _ = _people_batch(self.people, indices, rng, white_background)
-        target = torch.from_numpy(self.people.w[indices]).to(self.device)[:, None]
-        error = (self.model(to_tensor(images).to(self.device)).float() - target) / self.std
+        target = torch.from_numpy(self.people.w[indices]).to(self.device)
+        error = (self.model.main_code(to_tensor(images).to(self.device)).float() - target) / self.std
         loss = error.square().mean()
         return loss, {}
 
