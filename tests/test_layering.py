@@ -68,7 +68,7 @@ def under(module: str, *packages: str) -> bool:
 
 
 def owner(module: str) -> str:
-    return next((p for p in ("pidiff.export", "pidiff.runtime") if under(module, p)), "pidiff")
+    return next((p for p in ("pidiff.export", "pidiff.runtime", "pidiff.evaluate") if under(module, p)), "pidiff")
 
 
 MODULES = modules() if (ROOT / "csrc").is_dir() else {}
@@ -78,6 +78,15 @@ MODULES = modules() if (ROOT / "csrc").is_dir() else {}
 def test_training_knows_neither_export_nor_runtime(name):
     wrong = [m for m, _ in imports(name, MODULES[name]) if under(m, "pidiff.export", "pidiff.runtime")]
     assert not wrong
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if owner(n) == "pidiff.evaluate"])
+def test_evaluation_stands_on_top_of_training_and_runtime(name):
+    """It may use both; nothing uses it, and a bundle is evaluated without torch."""
+    assert not [m for m, _ in imports(name, MODULES[name]) if under(m, "pidiff.export")]
+    assert not [m for m, top_level in imports(name, MODULES[name]) if top_level and m.split(".")[0] in ("torch", "diffusers")]
+    others = [n for n in MODULES if owner(n) != "pidiff.evaluate"]
+    assert not [n for n in others for m, _ in imports(n, MODULES[n]) if under(m, "pidiff.evaluate")]
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if owner(n) == "pidiff.runtime"])

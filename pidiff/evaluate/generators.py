@@ -1,0 +1,68 @@
+"""One face for what makes pictures: a bundle on any engine, or a checkpoint in PyTorch. Same seeds, same noise."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pidiff.runtime import Pipeline
+
+LEVELS = ("coarse", "middle", "fine", "finest")
+
+
+class BundleGenerator:
+    def __init__(self, folder: Path | None, engine: str, steps: int | None, guidance_scale: float | None):
+        self.pipeline = Pipeline.from_bundle(folder, engine=engine)
+        self.name = f"bundle {self.pipeline.bundle.manifest.precision} on {engine}"
+        self._options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+
+    def enroll(self, photo: np.ndarray):
+        return self.pipeline.enroll(photo, select="largest")
+
+    def mix(self, person, other, level: str):
+        """`person` with one level group of `other`."""
+        return self.pipeline.mix(person, other, level)
+
+    def generate(self, person, prompt: str, seed: int, id_scale: float = 1.0, id_start: float = 0.0):
+        """(RGB uint8 [H, W, 3], identity map [h, w] or None)."""
+        result = self.pipeline.generate(person, prompt, seed=seed, id_scale=id_scale, id_start=id_start, **self._options)
+        return result.images[0], None if result.identity_map is None else result.identity_map[0, 0]
+
+
+class CheckpointGenerator:
+    """PyTorch, float32. Faces are found, aligned and freed of background as the runtime does it."""
+
+    def __init__(self, folder: Path, steps: int | None, guidance_scale: float | None, reader_of):
+        from ..model import load_model
+        self.model = load_model(folder)
+        self.name = "checkpoint fp32 on PyTorch"
+        self._steps, self._guidance = steps or 20, 2.5 if guidance_scale is None else guidance_scale
+        self._reader = reader_of(self.model.w_plus_encoder.config.input_size)
+
+    def enroll(self, photo: np.ndarray):
+        import torch
+
+        from ..train.common import to_tensor
+        with torch.no_grad():
+            return self.model.w_plus_encoder(to_tensor(self._reader.read(photo, "largest")[None]))[0]
+
+    def mix(self, person, other, level: str):
+        groups, i = self.model.adapter.config.groups, LEVELS.index(level)
+        rows, mixed = slice(sum(groups[:i]), sum(groups[:i + 1])), person.clone()
+        mixed[rows] = other[rows]
+        return mixed
+
+    def generate(self, person, prompt: str, seed: int, id_scale: float = 1.0, id_start: float = 0.0):
+        import torch
+
+        from pidiff import _C
+
+        from ..sampling import sample_latents
+        from ..train.common import to_images
+        size = self.model.unet.config.sample_size
+        noise = torch.from_numpy(_C.randn([seed], (self.model.unet.config.in_channels, size, size)))
+        latents, identity_map = sample_latents(
+            self.model, None if person is None else person[None], prompt, num_inference_steps=self._steps,
+            guidance_scale=self._guidance, id_scale=id_scale, id_start=id_start, latents=noise)
+        with torch.no_grad():
+            image = to_images(self.model.decode_latents(latents))[0]
+        return image, None if identity_map is None else identity_map[0, 0].numpy()
