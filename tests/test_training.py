@@ -1,5 +1,7 @@
 """Every training stage runs, learns, writes what the next stage reads, and goes on after a stop."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -153,6 +155,7 @@ def test_average_and_helpers():
 @pytest.mark.parametrize("arguments, sentence", [
     (("--steps", "0"), "steps must be at least 1, got 0"),
     (("--precision", "int4"), "precision must be bf16 or fp32, got 'int4'"),
+    (("--bg", "0"), "--bg must be given to the adapter stage, got it for vae"),
 ])
 def test_bad_arguments_give_one_sentence(arguments, sentence, people_folder, tmp_path, capsys):
     code = main(["vae", "--data", str(people_folder), "--model", str(tmp_path), *arguments])
@@ -209,3 +212,53 @@ def test_muon_takes_hidden_matrices_only():
     matrices, others = split_parameters(model)
     assert [tuple(p.shape) for p in matrices] == [(64, 32)]
     assert len(matrices) + len(others) == len(list(model.parameters()))
+
+
+@pytest.fixture(scope="module")
+def adapter_loss(trained, people_folder):
+    """AdapterLoss of the trained tiny run, by the terms that are on."""
+    from pidiff.data.people import load_people
+    from pidiff.model import load_model
+    from pidiff.train.adapter import AdapterLoss, AdapterOptions
+    from pidiff.train.base import BaseModel, training_alphas
+    whole, people = load_model(trained), load_people(people_folder, 128)
+    model = BaseModel(whole.unet, whole.text_encoder, whole.adapter)
+
+    def make(**terms):
+        return AdapterLoss(model, whole.vae, whole.tokenizer, people, training_alphas(), 2, terms=AdapterOptions(**terms),
+                           directions=list(whole.directions.values()))
+    return make
+
+
+def test_adapter_terms_can_be_switched_off(adapter_loss):
+    def parts(**terms):
+        torch.manual_seed(0)
+        return adapter_loss(**terms)(np.random.default_rng(3))[1]
+    every = parts()
+    assert set(every) == {"rec", "bg", "dis", "loc"} and all(v > 0 for v in every.values())
+    for name in ("bg", "dis", "loc"):
+        rest = parts(**{name: 0.0})
+        assert set(rest) == set(every) - {name}
+        torch.testing.assert_close(rest["rec"], every["rec"])
+    torch.testing.assert_close(parts(bg=2.0)["bg"], 2 * every["bg"])
+
+
+def test_background_term_counts_only_what_the_identity_changes_outside(adapter_loss):
+    loss = adapter_loss(dis=0.0, loc=0.0)
+    draw = loss.draw
+
+    def everything_is_face(rng):
+        task = draw(rng)
+        return dataclasses.replace(task, masks=torch.ones_like(task.masks))
+
+    loss.draw = everything_is_face
+    assert loss(np.random.default_rng(0))[1]["bg"] == 0
+
+
+def test_negative_codes_are_other_people_or_edits(adapter_loss):
+    loss = adapter_loss(edited=0.0)
+    codes = torch.randn(4, 12, 512)
+    assert torch.equal(loss.negatives(codes, np.random.default_rng(0)), codes.roll(1, 0))
+    edited = adapter_loss(edited=1.0, edit_strength=1.5).negatives(codes, np.random.default_rng(0)) - codes
+    for move in edited:
+        assert any(torch.allclose(move, sign * 1.5 * d, atol=1e-5) for d in loss.directions for sign in (-1, 1))

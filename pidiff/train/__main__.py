@@ -14,6 +14,7 @@ from ..checkpoint import CheckpointError, load_strict, read_tensors, save_weight
 from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
 from ..data.people import People, load_people
 from ..model import load_encoder, load_model, load_vae
+from .adapter import AdapterLoss, AdapterOptions
 from .common import TrainConfig, Trainer, to_tensor
 
 DESCRIPTION = """\
@@ -24,7 +25,7 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train encoder --data DATA --model MODEL      photo -> W+                   -> MODEL/w_plus_encoder
   pidiff-train matting --data DATA --model MODEL      background removal            -> MODEL/face_matting
   pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder)
-  pidiff-train adapter --data DATA --model MODEL      identity branch only, the rest frozen
+  pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
   pidiff-export MODEL BUNDLE                          deployable bundle
 
 The folder holds averaged weights in float16, as they are shipped; a stage that was stopped goes on, in float32, from
@@ -132,14 +133,15 @@ def train_base(args, people: People) -> None:
 
 
 def train_adapter(args, people: People) -> None:
-    from .base import BaseLoss, BaseModel, save_base, training_alphas
+    from .base import BaseModel, save_base, training_alphas
     whole = load_model(args.model)
     model = BaseModel(whole.unet, whole.text_encoder, whole.adapter).to(args.config.device, memory_format=torch.channels_last)
     model.requires_grad_(False)
     model.adapter.requires_grad_(True)
     trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
-    trainer.run(BaseLoss(model, whole.vae.to(args.config.device), whole.tokenizer, people, training_alphas(),
-                         args.config.batch_size, encoder_codes(args, people), device=args.config.device))
+    trainer.run(AdapterLoss(model, whole.vae.to(args.config.device), whole.tokenizer, people, training_alphas(),
+                            args.config.batch_size, encoder_codes(args, people), device=args.config.device,
+                            terms=args.terms, directions=list(whole.directions.values())))
 
 
 STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "base": train_base, "adapter": train_adapter}
@@ -154,7 +156,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for f in dataclasses.fields(TrainConfig):
         kind = float if f.name == "minutes" else type(f.default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help=f"default: {f.default} or the stage's preset")
+    terms = parser.add_argument_group("terms of the adapter stage's loss (0 switches one off)")
+    for f in dataclasses.fields(AdapterOptions):
+        terms.add_argument(f"--{f.name.replace('_', '-')}", type=float, help=f"default: {f.default}")
     args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(AdapterOptions) if getattr(args, f.name) is not None}
+    if given and args.stage != "adapter":
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} must be given to the adapter stage, got it for {args.stage}")
+    args.terms = AdapterOptions(**given)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
     args.config = dataclasses.replace(PRESETS[args.stage], **given)
     return args

@@ -72,6 +72,25 @@ def localisation_loss(maps: list[Tensor], mask: Tensor, weight: Tensor) -> Tenso
     return total / len(maps)
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What the UNet is asked: noisy latents [B, C, h, w] at timesteps [B], target (v), person masks [B, 1, h, w],
+    prompt_embeds [B, T, D], w_plus [B, L, 512], id_scale [B]."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    masks: Tensor
+    prompt_embeds: Tensor
+    w_plus: Tensor
+    id_scale: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """1 for pictures with an identity, 0 for those without or with the null identity; [B]."""
+        return self.id_scale * (self.w_plus.abs().sum((1, 2)) > 0)
+
+
 @torch.no_grad()
 def latent_weight(autoencoder: nn.Module, people: People) -> Tensor:
     """Loss weight [C, 1, 1] of each latent channel, its standard deviation over that of the mean channel.
@@ -125,7 +144,8 @@ class BaseLoss:
         exact = self.people.w[reference] + rng.normal(0, self.options.code_noise * rng.random(), 512)
         return np.broadcast_to(exact, (self.levels, 512))
 
-    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    def draw(self, rng: np.random.Generator) -> "Task":
+        """A batch with noise added and its conditions."""
         latents, masks, captions, indices = self.batch(rng)
         w_plus, id_scale = self.codes(indices, rng)
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -133,14 +153,21 @@ class BaseLoss:
         timesteps = training_timesteps(len(latents), self.alphas_cumprod).to(self.device)
         alpha = self.alphas_cumprod.to(self.device)[timesteps].view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        return Task(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timesteps,
+                    alpha.sqrt() * noise - (1 - alpha).sqrt() * latents, masks, prompt_embeds, w_plus, id_scale)
+
+    def predict(self, task: "Task", w_plus: Tensor, id_scale: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Model output [B, C, h, w] for an identity, and the identity maps of all layers."""
         adapter = self.model.adapter
         with adapter.condition(adapter.mapper(w_plus), id_scale, keep_maps=True) as condition:
-            output = self.model.unet(noisy, timesteps, prompt_embeds).sample
-        diffusion = ((output.float() - target).square() * self.channel_weight).mean()
-        real = id_scale * (w_plus.abs().sum((1, 2)) > 0)
-        local = localisation_loss(condition.maps, masks, real)
+            output = self.model.unet(task.noisy, task.timesteps, task.prompt_embeds).sample
+        return output.float(), condition.maps
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        task = self.draw(rng)
+        output, maps = self.predict(task, task.w_plus, task.id_scale)
+        diffusion = ((output - task.target).square() * self.channel_weight).mean()
+        local = localisation_loss(maps, task.masks, task.real)
         return diffusion + self.options.localisation * local, {"diffusion": diffusion.detach(), "localisation": local.detach()}
 
 

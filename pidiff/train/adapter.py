@@ -1,0 +1,78 @@
+"""Adapter stage: the identity branch alone, fine-tuned so that identity stays in the face (base model frozen).
+
+    L_rec = mean( (M + b (1 - M)) |v - v_hat(c, w)|^2 )
+    L_bg  = mean( (1 - M) |v_hat(c, w) - sg v_hat(c, identity off)|^2 )      the background is the base model's
+    L_dis = mean( (1 - M) |v_hat(c, w) - sg v_hat(c, w')|^2 )                and does not depend on who it is
+    L_loc = identity attention is on inside the face and off outside
+    L     = L_rec + bg L_bg + dis L_dis + loc L_loc
+
+M is the person's mask at latent size, w' another person's code or an edited one, sg stops the gradient. PIDiff
+(arXiv 2505.05081) names these aims; the formulas are ours.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import BaseLoss, localisation_loss
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Weights of the terms; 0 switches a term off, and its UNet call with it."""
+
+    background_weight: float = 0.5      # b
+    bg: float = 1.0
+    dis: float = 0.6
+    loc: float = 0.05
+    edited: float = 0.5                 # share of w' that are edits of w; the others are other people's codes
+    edit_strength: float = 2.0          # of an edit, in standard deviations
+
+    def __post_init__(self):
+        for name in ("background_weight", "bg", "dis", "loc", "edit_strength"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.edited <= 1:
+            raise ValueError(f"edited must be in [0, 1], got {self.edited}")
+
+
+class AdapterLoss(BaseLoss):
+    """See the module docstring; batches are drawn as in the base stage."""
+
+    def __init__(self, *args, terms: AdapterOptions = AdapterOptions(), directions: list[Tensor] = (), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.terms, self.directions = terms, [d.to(self.device) for d in directions]
+
+    def negatives(self, w_plus: Tensor, rng: np.random.Generator) -> Tensor:
+        """w' [B, L, 512]: the code of the next picture's person, or the picture's own code after an edit."""
+        others = w_plus.roll(1, 0).clone()
+        for i in range(len(w_plus)):
+            if self.directions and rng.random() < self.terms.edited:
+                direction = self.directions[rng.integers(len(self.directions))]
+                others[i] = w_plus[i] + float(rng.choice((-1, 1))) * self.terms.edit_strength * direction
+        return others
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        terms, task = self.terms, self.draw(rng)
+        output, maps = self.predict(task, task.w_plus, task.id_scale)
+        outside = 1 - task.masks
+        weight = (task.masks + terms.background_weight * outside) * self.channel_weight
+        parts = {"rec": (weight * (output - task.target).square()).mean()}
+
+        def change(other: Tensor) -> Tensor:
+            return (outside * (output - other).square() * self.channel_weight * task.real.view(-1, 1, 1, 1)).mean()
+
+        with torch.no_grad():
+            if terms.bg:
+                without = self.predict(task, task.w_plus, torch.zeros_like(task.id_scale))[0]
+            if terms.dis:
+                negative = self.predict(task, self.negatives(task.w_plus, rng), task.id_scale)[0]
+        if terms.bg:
+            parts["bg"] = terms.bg * change(without)
+        if terms.dis:
+            parts["dis"] = terms.dis * change(negative)
+        if terms.loc and self.model.adapter.config.has_null:
+            parts["loc"] = terms.loc * localisation_loss(maps, task.masks, task.real)
+        return sum(parts.values()), {name: value.detach() for name, value in parts.items()}
