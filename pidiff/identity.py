@@ -128,12 +128,13 @@ class IdentityAdapter(nn.Module):
         id_scale = torch.as_tensor(id_scale, dtype=id_embeds.dtype, device=id_embeds.device).expand(batch)
         if level_scale is None:
             level_scale = id_embeds.new_ones(batch, people, 4)
-        self.active = IdentityCondition(id_embeds, id_scale, self.token_scale(level_scale), id_mask,
-                                        [] if keep_maps else None)
+        self.active = condition = IdentityCondition(id_embeds, id_scale, self.token_scale(level_scale), id_mask,
+                                                    [] if keep_maps else None)
         try:
-            yield self.active
+            yield condition
         finally:
-            self.active = None
+            if self.active is condition:
+                self.active = None
 
     def contribution(self, layer: int, x: Tensor, h: Tensor, aspect: float) -> Tensor:
         """What the identity adds to the text attention h [B, S, C] of a layer with input x [B, S, C]."""

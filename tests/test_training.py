@@ -220,14 +220,8 @@ def adapter_loss(trained, people_folder):
     from pidiff.data.people import load_people
     from pidiff.model import load_model
     from pidiff.train.adapter import AdapterLoss, AdapterOptions
-    from pidiff.train.base import BaseModel, training_alphas
     whole, people = load_model(trained), load_people(people_folder, 128)
-    model = BaseModel(whole.unet, whole.text_encoder, whole.adapter)
-
-    def make(**terms):
-        return AdapterLoss(model, whole.vae, whole.tokenizer, people, training_alphas(), 2, terms=AdapterOptions(**terms),
-                           directions=list(whole.directions.values()))
-    return make
+    return lambda **terms: AdapterLoss(whole, people, 2, terms=AdapterOptions(**terms))
 
 
 def test_adapter_terms_can_be_switched_off(adapter_loss):
@@ -262,3 +256,23 @@ def test_negative_codes_are_other_people_or_edits(adapter_loss):
     edited = adapter_loss(edited=1.0, edit_strength=1.5).negatives(codes, np.random.default_rng(0)) - codes
     for move in edited:
         assert any(torch.allclose(move, sign * 1.5 * d, atol=1e-5) for d in loss.directions for sign in (-1, 1))
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient(adapter_loss):
+    def gradients():
+        torch.manual_seed(0)
+        loss = adapter_loss()
+        loss.model.adapter.zero_grad()
+        loss(np.random.default_rng(0))[0].backward()
+        return loss, [p.grad.clone() for p in loss.model.adapter.parameters() if p.grad is not None]
+
+    loss, plain = gradients()
+    loss.model.unet.enable_gradient_checkpointing()
+    loss.model.unet.train()
+    try:
+        for a, b in zip(plain, gradients()[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    finally:
+        loss.model.unet.disable_gradient_checkpointing()
+        loss.model.unet.eval()
+    assert max(g.abs().max() for g in plain) > 0

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from ..checkpoint import CheckpointError, load_strict, read_tensors, save_weights
 from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
 from ..data.people import People, load_people
-from ..model import load_encoder, load_model, load_vae
+from ..model import MINI_SCHEDULER, Model, load_encoder, load_model, load_vae
 from .adapter import AdapterLoss, AdapterOptions
 from .common import TrainConfig, Trainer, to_tensor
 
@@ -116,32 +117,43 @@ def encoder_codes(args, people: People):
     if not (args.model / "w_plus_encoder" / "config.json").is_file():
         print("no w_plus_encoder/ in the model yet: training on exact codes only")
         return None
-    encoder, unseen = load_encoder(args.model / "w_plus_encoder"), load_people(args.data, 128, "validation")
+    encoder = load_encoder(args.model / "w_plus_encoder")
+    unseen = load_people(args.data, max(128, encoder.config.input_size), "validation", args.people_limit)
     return EncoderCodes(encoder_bank(encoder, people), encoder_bank(encoder, unseen) - unseen.w[:, None])
 
 
 def train_base(args, people: People) -> None:
-    from .base import BaseLoss, build_base, save_base, training_alphas
-    vae = load_vae(args.model / "vae").to(args.config.device)
+    from .base import BaseLoss, build_base, save_base
     model, tokenizer = build_base(args.model, people.mean)
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model")):
         _start_from(getattr(model, part), args.model / part / f"{file}.safetensors")
     model = model.to(args.config.device, memory_format=torch.channels_last)
     trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
-    trainer.run(BaseLoss(model, vae, tokenizer, people, training_alphas(), args.config.batch_size,
-                         encoder_codes(args, people), device=args.config.device))
+    whole = Model(model.unet, model.text_encoder, load_vae(args.model / "vae").to(args.config.device), tokenizer, MINI_SCHEDULER,
+                  None, model.adapter, {})
+    trainer.run(BaseLoss(whole, people, args.config.batch_size, encoder_codes(args, people)))
 
 
 def train_adapter(args, people: People) -> None:
-    from .base import BaseModel, save_base, training_alphas
-    whole = load_model(args.model)
-    model = BaseModel(whole.unet, whole.text_encoder, whole.adapter).to(args.config.device, memory_format=torch.channels_last)
-    model.requires_grad_(False)
-    model.adapter.requires_grad_(True)
-    trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
-    trainer.run(AdapterLoss(model, whole.vae.to(args.config.device), whole.tokenizer, people, training_alphas(),
-                            args.config.batch_size, encoder_codes(args, people), device=args.config.device,
-                            terms=args.terms, directions=list(whole.directions.values())))
+    whole, device = load_model(args.model), args.config.device
+    for module in (whole.unet, whole.text_encoder, whole.vae):
+        module.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    if args.gradient_checkpointing:
+        whole.unet.enable_gradient_checkpointing()
+        whole.unet.train()                  # diffusers recomputes in training mode only; there is no dropout to switch on
+    file = args.model / "adapter" / "model.safetensors"
+    trainer = _trainer(args, whole.adapter.to(device), lambda ema, _: save_weights(ema, file, torch.float16))
+    trainer.run(AdapterLoss(whole, people, args.config.batch_size, encoder_codes(args, people), terms=args.terms))
+
+
+def picture_size(args) -> int:
+    """Pixels of the pictures that a stage trains on; the adapter stage takes the base model's."""
+    unet = args.model / "unet" / "config.json"
+    if args.stage != "adapter" or not unet.is_file():
+        return SIZES[args.stage]
+    vae = json.loads((args.model / "vae" / "config.json").read_text())
+    scale = vae.get("patch_size") or 2 ** (len(vae["block_out_channels"]) - 1)
+    return json.loads(unet.read_text())["sample_size"] * scale
 
 
 STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "base": train_base, "adapter": train_adapter}
@@ -152,6 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, required=True, help="folder written by pidiff-data")
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="adapter stage: less memory, a third slower")
     parser.add_argument("--people-limit", type=int, help="use only so many pictures (for trials)")
     for f in dataclasses.fields(TrainConfig):
         kind = float if f.name == "minutes" else type(f.default)
@@ -172,7 +185,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
-        people = load_people(args.data, SIZES[args.stage], "train", args.people_limit)
+        people = load_people(args.data, picture_size(args), "train", args.people_limit)
         if len(people) == 0:
             raise ValueError(f"data must hold at least one picture of the training split, got none in {args.data}")
         args.model.mkdir(parents=True, exist_ok=True)

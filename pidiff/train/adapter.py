@@ -10,6 +10,7 @@ M is the person's mask at latent size, w' another person's code or an edited one
 (arXiv 2505.05081) names these aims; the formulas are ours.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +42,10 @@ class AdapterOptions:
 class AdapterLoss(BaseLoss):
     """See the module docstring; batches are drawn as in the base stage."""
 
-    def __init__(self, *args, terms: AdapterOptions = AdapterOptions(), directions: list[Tensor] = (), **kwargs):
+    def __init__(self, *args, terms: AdapterOptions = AdapterOptions(), **kwargs):
         super().__init__(*args, **kwargs)
-        self.terms, self.directions = terms, [d.to(self.device) for d in directions]
+        self.terms, self.directions = terms, [d.to(self.device) for d in self.model.directions.values()]
+        self.held = ExitStack()             # gradient checkpointing calls the UNet again in backward, with the same identity
 
     def negatives(self, w_plus: Tensor, rng: np.random.Generator) -> Tensor:
         """w' [B, L, 512]: the code of the next picture's person, or the picture's own code after an edit."""
@@ -55,8 +57,14 @@ class AdapterLoss(BaseLoss):
         return others
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        self.held.close()
         terms, task = self.terms, self.draw(rng)
-        output, maps = self.predict(task, task.w_plus, task.id_scale)
+        with torch.no_grad():
+            if terms.bg:
+                without = self.predict(task, task.w_plus, torch.zeros_like(task.id_scale))[0]
+            if terms.dis:
+                negative = self.predict(task, self.negatives(task.w_plus, rng), task.id_scale)[0]
+        output, maps = self.predict(task, task.w_plus, task.id_scale, self.held)
         outside = 1 - task.masks
         weight = (task.masks + terms.background_weight * outside) * self.channel_weight
         parts = {"rec": (weight * (output - task.target).square()).mean()}
@@ -64,11 +72,6 @@ class AdapterLoss(BaseLoss):
         def change(other: Tensor) -> Tensor:
             return (outside * (output - other).square() * self.channel_weight * task.real.view(-1, 1, 1, 1)).mean()
 
-        with torch.no_grad():
-            if terms.bg:
-                without = self.predict(task, task.w_plus, torch.zeros_like(task.id_scale))[0]
-            if terms.dis:
-                negative = self.predict(task, self.negatives(task.w_plus, rng), task.id_scale)[0]
         if terms.bg:
             parts["bg"] = terms.bg * change(without)
         if terms.dis:

@@ -8,6 +8,7 @@ localisation loss on the identity map.
 """
 
 import json
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from ..config import ADAPTER_MINI, save_config
 from ..data.factors import caption, composite
 from ..data.people import People, compose
 from ..identity import IdentityAdapter
-from ..model import MINI_SCHEDULER, MINI_TEXT, mini_text_encoder, mini_unet
+from ..model import MINI_SCHEDULER, MINI_TEXT, Model, mini_text_encoder, mini_unet
+from ..sampling import encode_prompts, make_scheduler
 from ..tokenizer import build_tokenizer
 from ..unet import attach
 from .common import to_tensor, training_timesteps
@@ -74,7 +76,7 @@ def localisation_loss(maps: list[Tensor], mask: Tensor, weight: Tensor) -> Tenso
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What the UNet is asked: noisy latents [B, C, h, w] at timesteps [B], target (v), person masks [B, 1, h, w],
+    """What the UNet is asked: noisy latents [B, C, h, w] at timesteps [B], target (v or epsilon), person masks [B, 1, h, w],
     prompt_embeds [B, T, D], w_plus [B, L, 512], id_scale [B]."""
 
     noisy: Tensor
@@ -92,34 +94,35 @@ class Task:
 
 
 @torch.no_grad()
-def latent_weight(autoencoder: nn.Module, people: People) -> Tensor:
+def latent_weight(model: Model, people: People) -> Tensor:
     """Loss weight [C, 1, 1] of each latent channel, its standard deviation over that of the mean channel.
 
     Channels hold coarse structure to fine texture; without weights most of the gradient is about texture that
     the noise has made unpredictable.
     """
     some = people.images[::max(1, len(people) // 200)]
-    std = autoencoder.encode(to_tensor(some).to(next(autoencoder.parameters()).device)).float().std((0, 2, 3))
+    latents = [model.encode_image(to_tensor(some[i:i + 8]).to(model.unet.device)).float() for i in range(0, len(some), 8)]
+    std = torch.cat(latents).std((0, 2, 3))
     return (std / std.mean()).view(-1, 1, 1)
 
 
 class BaseLoss:
-    """Draws a batch and computes the loss; see the module docstring."""
+    """Draws a batch and computes the loss; see the module docstring. Everything is on the UNet's device."""
 
-    def __init__(self, model: BaseModel, autoencoder: nn.Module, tokenizer, people: People, alphas_cumprod: Tensor,
-                 batch_size: int, codes: "EncoderCodes | None" = None, options: BaseOptions = BaseOptions(), device: str = "cpu"):
-        self.model, self.autoencoder, self.tokenizer, self.people = model, autoencoder, tokenizer, people
-        self.alphas_cumprod, self.batch_size, self.options, self.device = alphas_cumprod, batch_size, options, device
+    def __init__(self, model: Model, people: People, batch_size: int, codes: "EncoderCodes | None" = None,
+                 options: BaseOptions = BaseOptions()):
+        self.model, self.people, self.batch_size, self.options = model, people, batch_size, options
+        self.device, self.alphas_cumprod = model.unet.device, training_alphas(model.scheduler).to(model.unet.device)
         self.variants, self.encoder_codes = people.variants(), codes
         self.levels = sum(model.adapter.config.groups)
-        self.channel_weight = latent_weight(autoencoder, people).to(device)
+        self.channel_weight = latent_weight(model, people)
 
     def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
         """Latents [B, C, h, w], person masks [B, 1, h, w], captions; and the picture indices."""
         indices = rng.integers(len(self.people), size=self.batch_size)
         pictures = [compose(self.people, int(i), rng) for i in indices]
         with torch.no_grad():
-            latents = self.autoencoder.encode(to_tensor(np.stack([p[0] for p in pictures])).to(self.device)).float()
+            latents = self.model.encode_image(to_tensor(np.stack([p[0] for p in pictures])).to(self.device)).float()
         masks = torch.from_numpy(np.stack([p[1] for p in pictures]))[:, None].to(self.device)
         masks = F.interpolate(masks, size=latents.shape[-2:], mode="area")
         captions = ["" if rng.random() < self.options.text_drop else caption(p[2], rng) for p in pictures]
@@ -148,20 +151,22 @@ class BaseLoss:
         """A batch with noise added and its conditions."""
         latents, masks, captions, indices = self.batch(rng)
         w_plus, id_scale = self.codes(indices, rng)
-        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        prompt_embeds = self.model.text_encoder(ids.to(self.device)).last_hidden_state
-        timesteps = training_timesteps(len(latents), self.alphas_cumprod).to(self.device)
-        alpha = self.alphas_cumprod.to(self.device)[timesteps].view(-1, 1, 1, 1)
+        prompt_embeds = encode_prompts(self.model, captions)
+        timesteps = training_timesteps(len(latents), self.alphas_cumprod)
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
-        return Task(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timesteps,
-                    alpha.sqrt() * noise - (1 - alpha).sqrt() * latents, masks, prompt_embeds, w_plus, id_scale)
+        target = noise
+        if self.model.scheduler.get("prediction_type") == "v_prediction":
+            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        return Task(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timesteps, target, masks, prompt_embeds, w_plus, id_scale)
 
-    def predict(self, task: "Task", w_plus: Tensor, id_scale: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Model output [B, C, h, w] for an identity, and the identity maps of all layers."""
+    def predict(self, task: "Task", w_plus: Tensor, id_scale: Tensor, held: ExitStack | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Model output [B, C, h, w] for an identity, and the identity maps of all layers. `held` keeps the identity on."""
         adapter = self.model.adapter
-        with adapter.condition(adapter.mapper(w_plus), id_scale, keep_maps=True) as condition:
+        with ExitStack() if held is None else nullcontext(held) as stack:
+            condition = stack.enter_context(adapter.condition(adapter.mapper(w_plus), id_scale, keep_maps=True))
             output = self.model.unet(task.noisy, task.timesteps, task.prompt_embeds).sample
-        return output.float(), condition.maps
+        return output.float(), list(condition.maps)
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
         task = self.draw(rng)
@@ -192,11 +197,9 @@ def save_base(model: BaseModel, folder: Path) -> None:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(MINI_SCHEDULER, indent=2) + "\n")
 
 
-def training_alphas() -> Tensor:
-    """alphas_cumprod [1000] of `mini`'s schedule."""
-    betas = torch.linspace(MINI_SCHEDULER["beta_start"], MINI_SCHEDULER["beta_end"], MINI_SCHEDULER["num_train_timesteps"],
-                           dtype=torch.float64)
-    return torch.cumprod(1 - betas, 0).float()
+def training_alphas(scheduler: dict) -> Tensor:
+    """alphas_cumprod [1000] of a scheduler_config.json."""
+    return make_scheduler(scheduler, "ddim", 1).alphas_cumprod
 
 
 @torch.no_grad()

@@ -207,6 +207,7 @@ def training_timesteps(count: int, alphas_cumprod: Tensor, mean: float = 0.8, st
     sampler with Karras sigmas takes most of its steps below it. sigma = sqrt((1 - alpha) / alpha).
     """
     log_sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().log()
-    uniform = (torch.arange(count) + torch.rand(count)) / count
-    wanted = mean + std * torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))
+    low, high = torch.special.ndtr((log_sigma[[0, -1]] - mean) / std)               # only what the schedule has
+    uniform = (torch.arange(count, device=log_sigma.device) + torch.rand(count).to(log_sigma.device)) / count
+    wanted = mean + std * torch.special.ndtri(low + (high - low) * uniform)
     return torch.searchsorted(log_sigma, wanted).clamp(0, len(log_sigma) - 1)
