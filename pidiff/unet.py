@@ -73,7 +73,8 @@ def attach(unet: "UNet2DConditionModel", config: AdapterConfig) -> IdentityAdapt
 
 
 def set_processors(unet: "UNet2DConditionModel", adapter: IdentityAdapter) -> None:
-    """Route the attn2 layers of `unet` through `adapter`; attn1 is left as it is."""
+    """Route the attn2 layers of `unet` through `adapter`, in place of any other; attn1 is left as it is."""
+    detach(unet)
     sizes = LatentSize(unet)
     processors = dict(unet.attn_processors)
     for index, name in enumerate(adapter.layer_names):

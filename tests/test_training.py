@@ -115,6 +115,39 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path):
         torch.testing.assert_close(got["model"][name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_accumulated_passes_are_one_larger_batch(tmp_path):
+    def run_one(out, **options):
+        torch.manual_seed(0)
+        model, ema, seen = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1), []
+        t = Trainer(model, ema, TrainConfig(steps=2, batch_size=1, precision="fp32", warmup_steps=0, **options), out, lambda *_: None)
+
+        def loss(rng):
+            batches = [torch.from_numpy(rng.normal(size=(8, 4))).float()]
+            if "accumulate" not in options:                 # the same two batches in one pass
+                other = np.random.default_rng((0, t.step, 1))
+                other.integers(2 ** 62)
+                batches.append(torch.from_numpy(other.normal(size=(8, 4))).float())
+            seen.append(len(batches))
+            return (model(torch.cat(batches)) - 1).square().mean(), {}
+
+        t.run(loss)
+        return seen, model.weight.detach()
+
+    passes, a = run_one(tmp_path / "a", accumulate=2)
+    whole, b = run_one(tmp_path / "b")
+    assert passes == [1] * 4 and whole == [2] * 2
+    torch.testing.assert_close(a, b)
+
+
+def test_sample_sheets_are_written(trained, people_folder, tmp_path):
+    import shutil
+    import cv2
+    shutil.copytree(trained, tmp_path / "m", ignore=shutil.ignore_patterns(".state"))
+    assert run("adapter", people_folder, tmp_path / "m", "--steps", "1", "--sample-every", "1") == 0
+    sheet = cv2.imread(str(tmp_path / "m" / ".state" / "adapter" / "samples" / "step-000001.png"))
+    assert sheet.shape == (4 * 128, 6 * 128, 3)
+
+
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     model = torch.nn.Linear(1, 1)
     t = Trainer(model, torch.nn.Linear(1, 1), TrainConfig(steps=1, precision="fp32"), tmp_path, lambda *_: None)
@@ -154,7 +187,7 @@ def test_average_and_helpers():
 
 @pytest.mark.parametrize("arguments, sentence", [
     (("--steps", "0"), "steps must be at least 1, got 0"),
-    (("--precision", "int4"), "precision must be bf16 or fp32, got 'int4'"),
+    (("--precision", "int4"), "precision must be one of bf16, fp16, fp32, got 'int4'"),
     (("--bg", "0"), "--bg must be given to the adapter stage, got it for vae"),
 ])
 def test_bad_arguments_give_one_sentence(arguments, sentence, people_folder, tmp_path, capsys):

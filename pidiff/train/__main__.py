@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from ..checkpoint import CheckpointError, load_strict, read_tensors, save_weight
 from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
 from ..data.people import People, load_people
 from ..model import MINI_SCHEDULER, Model, load_encoder, load_model, load_vae
+from ..unet import set_processors
 from .adapter import AdapterLoss, AdapterOptions
 from .common import TrainConfig, Trainer, to_tensor
+from .samples import sample_sheet
 
 DESCRIPTION = """\
 Train one stage of a PIDiff model. All stages share one model folder:
@@ -28,6 +31,9 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder)
   pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
   pidiff-export MODEL BUNDLE                          deployable bundle
+
+Several processes, on one or many machines: torchrun --nproc-per-node 2 -m pidiff.train base ..., or
+accelerate launch --num_processes 2 --cpu -m pidiff.train base ... (gloo on CPUs, nccl on GPUs).
 
 The folder holds averaged weights in float16, as they are shipped; a stage that was stopped goes on, in float32, from
 MODEL/.state/STAGE/state.pt. Without that file it begins with the folder's weights, or from nothing."""
@@ -43,8 +49,8 @@ PRESETS = {
 SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "base": 128, "adapter": 128}
 
 
-def _trainer(args, model, export) -> Trainer:
-    return Trainer(model, copy.deepcopy(model), args.config, args.model / ".state" / args.stage, export)
+def _trainer(args, model, export, sample=None) -> Trainer:
+    return Trainer(model, copy.deepcopy(model), args.config, args.model / ".state" / args.stage, export, sample)
 
 
 def _start_from(module: torch.nn.Module, file: Path) -> bool:
@@ -122,16 +128,26 @@ def encoder_codes(args, people: People):
     return EncoderCodes(encoder_bank(encoder, people), encoder_bank(encoder, unseen) - unseen.w[:, None])
 
 
+def known_codes(codes, people: People) -> np.ndarray:
+    """[N, L, 512] of the training pictures: the encoder's, or exact ones before there is an encoder."""
+    levels = W_PLUS_MINI.num_styles
+    return np.broadcast_to(people.w[:, None], (len(people), levels, 512)) if codes is None else codes.people
+
+
 def train_base(args, people: People) -> None:
     from .base import BaseLoss, build_base, save_base
     model, tokenizer = build_base(args.model, people.mean)
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model")):
         _start_from(getattr(model, part), args.model / part / f"{file}.safetensors")
     model = model.to(args.config.device, memory_format=torch.channels_last)
-    trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model))
-    whole = Model(model.unet, model.text_encoder, load_vae(args.model / "vae").to(args.config.device), tokenizer, MINI_SCHEDULER,
-                  None, model.adapter, {})
-    trainer.run(BaseLoss(whole, people, args.config.batch_size, encoder_codes(args, people)))
+    vae, codes = load_vae(args.model / "vae").to(args.config.device), encoder_codes(args, people)
+
+    def whole(part) -> Model:
+        return Model(part.unet, part.text_encoder, vae, tokenizer, MINI_SCHEDULER, None, part.adapter, {})
+
+    trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model),
+                       lambda ema: sample_sheet(whole(ema), people, known_codes(codes, people)))
+    trainer.run(BaseLoss(whole(model), people, args.config.batch_size, codes))
 
 
 def train_adapter(args, people: People) -> None:
@@ -141,9 +157,17 @@ def train_adapter(args, people: People) -> None:
     if args.gradient_checkpointing:
         whole.unet.enable_gradient_checkpointing()
         whole.unet.train()                  # diffusers recomputes in training mode only; there is no dropout to switch on
-    file = args.model / "adapter" / "model.safetensors"
-    trainer = _trainer(args, whole.adapter.to(device), lambda ema, _: save_weights(ema, file, torch.float16))
-    trainer.run(AdapterLoss(whole, people, args.config.batch_size, encoder_codes(args, people), terms=args.terms))
+    file, codes = args.model / "adapter" / "model.safetensors", encoder_codes(args, people)
+
+    def sample(ema):
+        set_processors(whole.unet, ema)
+        try:
+            return sample_sheet(dataclasses.replace(whole, adapter=ema), people, known_codes(codes, people))
+        finally:
+            set_processors(whole.unet, whole.adapter)
+
+    trainer = _trainer(args, whole.adapter.to(device), lambda ema, _: save_weights(ema, file, torch.float16), sample)
+    trainer.run(AdapterLoss(whole, people, args.config.batch_size, codes, terms=args.terms))
 
 
 def picture_size(args) -> int:
@@ -179,6 +203,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.terms = AdapterOptions(**given)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
     args.config = dataclasses.replace(PRESETS[args.stage], **given)
+    if args.config.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.config = dataclasses.replace(args.config, device=f"cuda:{os.environ['LOCAL_RANK']}")
     return args
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -18,12 +19,16 @@ from tqdm import tqdm
 from .muon import Muon, split_parameters
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. Learning rates are constant after `warmup_steps` and fall to zero over the last `decay` share."""
 
     steps: int = 10_000
-    batch_size: int = 32
+    batch_size: int = 32                # pictures of one process in one pass
+    accumulate: int = 1                 # passes whose gradients are averaged into one step
     learning_rate: float = 1e-3         # of AdamW: biases, norms, embeddings
     matrix_learning_rate: float = 0.02  # of Muon: matrices and kernels
     weight_decay: float = 0.01
@@ -33,14 +38,15 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     minutes: float | None = None        # stop (with the decay) by wall clock instead of by steps
     save_every: int = 250
+    sample_every: int = 0               # steps between sheets of sample pictures (base and adapter); 0 = none
     seed: int = 0
-    precision: str = "bf16"             # bf16 | fp32 (autocast; weights stay float32)
+    precision: str = "bf16"             # bf16 | fp16 (with loss scaling) | fp32; autocast, weights stay float32
     device: str = "cpu"
 
     def __post_init__(self):
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
-        for name in ("steps", "batch_size", "save_every"):
+        if self.precision not in DTYPES:
+            raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
+        for name in ("steps", "batch_size", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -67,13 +73,48 @@ def average_over_processes(tensors: list[Tensor]) -> None:
         t.copy_(part.view_as(t))
 
 
+class Log:
+    """log.jsonl, samples/ and TensorBoard (where it is installed) in a folder; with None nothing is written."""
+
+    def __init__(self, folder: Path | None):
+        self.folder, self.writer = folder, None
+        if folder is not None:
+            self.file = (folder / "log.jsonl").open("a")
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.writer = SummaryWriter(folder / "tensorboard")
+            except ImportError:
+                pass
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if self.folder is None:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        (self.folder / "samples").mkdir(exist_ok=True)
+        cv2.imwrite(str(self.folder / "samples" / f"step-{step:06d}.png"), image[..., ::-1])
+        if self.writer:
+            self.writer.add_image("samples", image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.file.close()
+        if self.writer:
+            self.writer.close()
+
+
 @dataclass
 class Trainer:
     """Runs `loss_fn(rng) -> (loss, scalars)` on `model`, keeping averaged weights in `ema`.
 
     The checkpoint `state.pt` in `out` holds everything needed to go on; a killed run resumes from it. Random numbers
     depend on seed, step and process only. With several processes each draws its own batch of `batch_size`, gradients
-    are averaged, and the first one writes; only that one returns from `run`.
+    are averaged, and the first one writes; only that one returns from `run`. Scalars go to log.jsonl and, where it is
+    installed, to TensorBoard; `sample(ema)` gives an RGB uint8 sheet for it and for samples/.
     """
 
     model: nn.Module
@@ -81,6 +122,7 @@ class Trainer:
     config: TrainConfig
     out: Path
     export: Callable[[nn.Module, Path], None]      # writes the averaged weights
+    sample: Callable[[nn.Module], np.ndarray] | None = None
     step: int = 0
     seconds: float = 0.0
     rank: int = field(init=False, default=0)
@@ -101,6 +143,7 @@ class Trainer:
                                                      weight_decay=c.weight_decay, fused=True))
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["initial_lr"] = group["lr"]
+        self.scaler = torch.amp.GradScaler(torch.device(c.device).type, enabled=c.precision == "fp16")
         self.out.mkdir(parents=True, exist_ok=True)
         if (self.out / "state.pt").is_file():
             self._resume()
@@ -118,20 +161,22 @@ class Trainer:
     def run(self, loss_fn: Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]]) -> None:
         c = self.config
         bar = tqdm(total=c.steps, initial=self.step, unit="step", disable=True if self.rank else None, dynamic_ncols=True)
-        with (self.out / "log.jsonl" if self.rank == 0 else Path(os.devnull)).open("a") as log:
-            while self.progress() < 1:
-                started = time.perf_counter()
-                scalars = self._step(loss_fn)
-                self._count_time(time.perf_counter() - started)
-                bar.update()
-                bar.set_postfix(scalars)
-                if self.step % 25 == 0:
-                    rate = self.world_size * c.batch_size / (time.perf_counter() - started)
-                    log.write(json.dumps({"step": self.step, "minutes": round(self.seconds / 60, 2),
-                                          "images_per_second": round(rate, 1), **scalars}) + "\n")
-                    log.flush()
-                if self.step % c.save_every == 0:
-                    self.save()
+        log = Log(self.out if self.rank == 0 else None)
+        while self.progress() < 1:
+            started = time.perf_counter()
+            scalars = self._step(loss_fn)
+            taken = time.perf_counter() - started
+            self._count_time(taken)
+            bar.update()
+            bar.set_postfix(scalars)
+            if self.step % 25 == 0:
+                rate = self.world_size * c.batch_size * c.accumulate / taken
+                log.scalars(self.step, {"minutes": round(self.seconds / 60, 2), "images_per_second": round(rate, 1), **scalars})
+            if self.step % c.save_every == 0:
+                self.save()
+            if self.sample is not None and self.rank == 0 and c.sample_every and self.step % c.sample_every == 0:
+                log.picture(self.step, self.sample(self.ema))
+        log.close()
         bar.close()
         self.save()
         if self.rank:
@@ -152,30 +197,41 @@ class Trainer:
         c = self.config
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = group["initial_lr"] * self.rate()
-        rng = np.random.default_rng((c.seed, self.step, self.rank))
-        torch.manual_seed(int(rng.integers(2 ** 62)))
-        # The CPU flash kernel's backward takes three times the time of plain matrix products at these sizes.
-        backends = [SDPBackend.MATH] if c.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(backends), torch.autocast(c.device, torch.bfloat16, enabled=c.precision == "bf16"):
-            loss, scalars = loss_fn(rng)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"loss must be finite, got {loss.item()} at step {self.step}; lower --learning-rate")
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
+        for i in range(c.accumulate):
+            loss, scalars = self._pass(loss_fn, self.rank + i * self.world_size)
+            self.scaler.scale(loss / c.accumulate).backward()
         if dist.is_initialized():
             average_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), c.max_grad_norm)
         for optimizer in self.optimizers:
-            optimizer.step()
+            self.scaler.step(optimizer)
+        self.scaler.update()
         self.step += 1
         average(self.ema, self.model, min(c.ema_decay, (1 + self.step) / (10 + self.step)))
         return {k: round(float(v), 4) for k, v in {"loss": loss.detach(), **scalars}.items()}
 
+    def _pass(self, loss_fn, stream: int) -> tuple[Tensor, dict]:
+        """Loss of one batch; its random numbers depend on seed, step and stream."""
+        c = self.config
+        rng = np.random.default_rng((c.seed, self.step, stream))
+        torch.manual_seed(int(rng.integers(2 ** 62)))
+        # The CPU flash kernel's backward takes three times the time of plain matrix products at these sizes.
+        backends = [SDPBackend.MATH] if c.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        kind = torch.device(c.device).type
+        with sdpa_kernel(backends), torch.autocast(kind, DTYPES[c.precision], enabled=c.precision != "fp32"):
+            loss, scalars = loss_fn(rng)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"loss must be finite, got {loss.item()} at step {self.step}; lower the learning rates")
+        return loss, scalars
+
     def save(self) -> None:
         if self.rank:
             return
-        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                 "step": self.step, "seconds": self.seconds}
+        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "scaler": self.scaler.state_dict(),
+                 "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds}
         temporary = self.out / "state.pt.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.out / "state.pt")
@@ -187,6 +243,8 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
 
 
