@@ -31,6 +31,7 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder)
   pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
   pidiff-export MODEL BUNDLE                          deployable bundle
+  pidiff-train personalize PHOTO... --out ME          tune one person's code on 1 to 10 photos -> an identity file
 
 Several processes, on one or many machines: torchrun --nproc-per-node 2 -m pidiff.train base ..., or
 accelerate launch --num_processes 2 --cpu -m pidiff.train base ... (gloo on CPUs, nccl on GPUs).
@@ -209,6 +210,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["personalize"]:
+        from . import personalize
+        return personalize.main(argv[1:])
     try:
         args = parse(argv)
         people = load_people(args.data, picture_size(args), "train", args.people_limit)
