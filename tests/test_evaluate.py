@@ -139,11 +139,12 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
         pytest.importorskip("diffusers")
     mini = Path(__file__).resolve().parent.parent / "models" / "mini"
     arguments = ["--data", str(two_people), "--embedder", str(embedder), "--people", "2", "--prompts", "2", "--seeds", "2",
-                 "--steps", "2", "--curve-people", "1", f"--{source}", str(mini), "--out", str(tmp_path)]
+                 "--steps", "2", "--curve-people", "1", "--pairs", "1", f"--{source}", str(mini), "--out", str(tmp_path)]
     assert main(arguments) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     for key in ("rank1", "verification_rate", "background_accuracy", "disruption", "copy_paste", "identity_map_inside"):
         assert {"mean", "low", "high"} <= summary[key].keys()
+    assert 0 <= summary["leakage"]["mean"] < 1, "what is changed on the right stays there"
     assert summary["anchors"]["genuine_rank1"]["mean"] == 1 and summary["settings"]["pictures"] == 8
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
     assert len(rows) == 8 and {r["person"] for r in rows} == {"p2", "p4"}

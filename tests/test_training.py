@@ -309,3 +309,16 @@ def test_gradient_checkpointing_does_not_change_the_gradient(adapter_loss):
         loss.model.unet.disable_gradient_checkpointing()
         loss.model.unet.eval()
     assert max(g.abs().max() for g in plain) > 0
+
+
+def test_directions_are_the_datas_and_the_encoders_own(trained, people):
+    from pidiff.model import load_encoder
+    from pidiff.train.__main__ import edit_directions
+    from pidiff.train.base import encoder_bank
+    encoder = load_encoder(trained / "w_plus_encoder")
+    moves = edit_directions(people, encoder)
+    assert {"pose", "smile", "age", "pc1", "pc2"} <= set(moves) and moves["pc1"].shape == (12, 512)
+    first = moves["pc1"][0].numpy()
+    along = encoder_bank(encoder, people)[:, 0] @ (first / np.linalg.norm(first))
+    assert along.std() == pytest.approx(np.linalg.norm(first), rel=1e-3), "one unit is one standard deviation"
+    assert abs(float(moves["pc1"][0] @ moves["pc2"][0])) < 1e-3 * float(moves["pc1"][0].norm() * moves["pc2"][0].norm())

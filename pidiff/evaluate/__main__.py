@@ -29,12 +29,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--curve-people", type=int, default=0, help="people for the operating curves of id_scale x id_start")
+    parser.add_argument("--pairs", type=int, default=0, help="pictures with two people, for the leakage between them")
     parser.add_argument("--steps", type=int, help="default: the bundle's own, or 20")
     parser.add_argument("--guidance-scale", type=float, help="default: the bundle's own, or 2.5")
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    for name, least in (("people", 2), ("prompts", 1), ("seeds", 1), ("curve_people", 0)):
+    for name, least in (("people", 2), ("prompts", 1), ("seeds", 1), ("curve_people", 0), ("pairs", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not args.embedder.is_file():
@@ -92,7 +93,7 @@ def evaluate(args) -> None:
     generator = make_generator(args, tools)
     factors = FactorReader(tools, known, pictures)
     evaluation = Evaluation(generator, subjects, tools, factors)
-    evaluation.run(args.prompts, args.seeds, args.curve_people)
+    evaluation.run(args.prompts, args.seeds, args.curve_people, args.pairs)
     ceilings = reader_ceilings(factors, subjects, args.data) | inversion_ceiling(evaluation, tools, np.random.default_rng(0))
     settings = {"model": generator.name, "prompts": args.prompts, "seeds": args.seeds,
                 "steps": args.steps or "default", "guidance_scale": args.guidance_scale or "default"}

@@ -6,6 +6,7 @@ import numpy as np
 
 from pidiff.runtime import Pipeline
 
+HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))          # boxes x0, y0, x1, y1
 LEVELS = ("coarse", "middle", "fine", "finest")
 
 
@@ -26,6 +27,10 @@ class BundleGenerator:
         """(RGB uint8 [H, W, 3], identity map [h, w] or None)."""
         result = self.pipeline.generate(person, prompt, seed=seed, id_scale=id_scale, id_start=id_start, **self._options)
         return result.images[0], None if result.identity_map is None else result.identity_map[0, 0]
+
+    def generate_two(self, left, right, prompt: str, seed: int) -> np.ndarray:
+        """RGB uint8 [H, W, 3] with one person for each half of the picture."""
+        return self.pipeline.generate([left, right], prompt, seed=seed, id_mask=[HALVES[0], HALVES[1]], **self._options).images[0]
 
 
 class CheckpointGenerator:
@@ -52,6 +57,17 @@ class CheckpointGenerator:
         return mixed
 
     def generate(self, person, prompt: str, seed: int, id_scale: float = 1.0, id_start: float = 0.0):
+        w_plus = None if person is None else person[None]
+        return self._sample(w_plus, prompt, seed, id_scale=id_scale, id_start=id_start)
+
+    def generate_two(self, left, right, prompt: str, seed: int) -> np.ndarray:
+        import torch
+        size = self.model.unet.config.sample_size
+        masks = torch.zeros(2, size, size)
+        masks[0, :, :size // 2] = masks[1, :, size // 2:] = 1
+        return self._sample(torch.stack([left, right])[None], prompt, seed, id_mask=masks)[0]
+
+    def _sample(self, w_plus, prompt: str, seed: int, **options):
         import torch
 
         from pidiff import _C
@@ -60,9 +76,8 @@ class CheckpointGenerator:
         from ..train.common import to_images
         size = self.model.unet.config.sample_size
         noise = torch.from_numpy(_C.randn([seed], (self.model.unet.config.in_channels, size, size)))
-        latents, identity_map = sample_latents(
-            self.model, None if person is None else person[None], prompt, num_inference_steps=self._steps,
-            guidance_scale=self._guidance, id_scale=id_scale, id_start=id_start, latents=noise)
+        latents, identity_map = sample_latents(self.model, w_plus, prompt, num_inference_steps=self._steps,
+                                               guidance_scale=self._guidance, latents=noise, **options)
         with torch.no_grad():
             image = to_images(self.model.decode_latents(latents))[0]
         return image, None if identity_map is None else identity_map[0, 0].numpy()

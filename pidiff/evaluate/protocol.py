@@ -39,6 +39,7 @@ class Records:
     rows: list[dict] = field(default_factory=list)
     switched: list[tuple[str, float]] = field(default_factory=list)         # person, change of background
     levels: dict[str, list[tuple[str, float]]] = field(default_factory=lambda: {level: [] for level in LEVELS})
+    leakage: list[tuple[str, float]] = field(default_factory=list)          # person, change where nothing was changed
     curves: list[dict] = field(default_factory=list)
     pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)     # person -> reference, then one per prompt
     skipped: dict[str, str] = field(default_factory=dict)                   # person -> why
@@ -67,12 +68,14 @@ class Evaluation:
             raise ValueError(f"data must hold at least two people whose face is found, got {len(vectors)}")
         self.gallery = np.stack(vectors)
 
-    def run(self, prompts: int, seeds: int, curve_people: int) -> Records:
+    def run(self, prompts: int, seeds: int, curve_people: int = 0, pairs: int = 0) -> Records:
         for i in tqdm(range(len(self.people)), desc="people", disable=None):
             self.records.pictures[self.people[i][0].name] = [self.people[i][0].reference]
             for prompt in range(prompts):
                 self._prompt(i, prompt, seeds)
             self._switch_and_levels(i)
+        for i in tqdm(range(min(pairs, len(self.people))), desc="pairs", disable=None):
+            self._pair(i)
         for i in tqdm(range(min(curve_people, len(self.people))), desc="curves", disable=None):
             self._curve(i)
         return self.records
@@ -125,6 +128,15 @@ class Evaluation:
             edited = self.generator.generate(self.generator.mix(person, next_person, level), text, 0)[0]
             change = np.abs(image.astype(np.float32) - edited).mean(-1)
             self.records.levels[level].append((subject.name, metrics.share_inside(change, mask)))
+
+    def _pair(self, i: int) -> None:
+        """Two people, one per half: how much the left half changes when the right person is another, relative to the right."""
+        text = caption(prompt_factors(0, i))
+        left, right, third = (self.people[(i + k) % len(self.people)][1] for k in range(3))
+        a, b = (self.generator.generate_two(left, who, text, 0) for who in (right, third))
+        change = np.abs(a.astype(np.float32) - b).mean(-1)
+        half = change.shape[1] // 2
+        self.records.leakage.append((self.people[i][0].name, float(change[:, :half].mean() / max(change[:, half:].mean(), 1e-6))))
 
     def _curve(self, i: int) -> None:
         subject, person, reference, _ = self.people[i]

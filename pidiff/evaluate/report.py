@@ -41,6 +41,7 @@ def summarise(evaluation: Evaluation, ceilings: dict, settings: dict) -> dict:
         summary[key] = {**metrics.interval(accepted, people, rng), "false_match_rate": rate, "threshold": round(limit, 4)}
         summary["anchors"]["genuine_" + key] = metrics.interval((genuine > limit).astype(float), names, rng)
     summary["switched"] = metrics.interval([v for _, v in records.switched], [n for n, _ in records.switched], rng)
+    summary["leakage"] = metrics.interval([v for _, v in records.leakage], [n for n, _ in records.leakage], rng)
     summary["level_change_inside"] = {level: metrics.interval([v for _, v in rows], [n for n, _ in rows], rng)
                                       for level, rows in records.levels.items()}
     seconds = [row["seconds"] for row in records.rows]

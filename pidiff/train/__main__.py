@@ -47,6 +47,7 @@ PRESETS = {
     "adapter": TrainConfig(steps=5000, batch_size=16, matrix_learning_rate=0.005, learning_rate=2e-4, decay=0.5, ema_decay=0.998),
 }
 
+PRINCIPAL_DIRECTIONS = 6
 SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "base": 128, "adapter": 128}
 
 
@@ -98,14 +99,21 @@ def train_encoder(args, people: People) -> None:
 
     trainer = _trainer(args, model, export)
     trainer.run(EncoderLoss(model, people, args.config.batch_size, args.config.device))
-    save_file(edit_directions(people, W_PLUS_MINI.num_styles), args.model / "directions.safetensors")
+    save_file(edit_directions(people, trainer.ema.cpu().eval()), args.model / "directions.safetensors")
     print("held-out", encoder_scores(trainer.ema.cpu().eval(), load_people(args.data, SIZES["encoder"], "validation")))
 
 
-def edit_directions(people: People, levels: int) -> dict[str, torch.Tensor]:
-    """name -> [L, 512]: the data's directions, one unit = one standard deviation over its pictures."""
+def edit_directions(people: People, encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """name -> [L, 512], one unit = one standard deviation: the data's directions over its pictures, and the first
+    principal components of the encoder's own main codes, `pc1` and so on (GANSpace, arXiv 2004.02546)."""
+    from .base import encoder_bank
     moves = {name: unit * ((people.w - people.mean) @ unit).std() for name, unit in people.directions.items()}
-    return {name: torch.from_numpy(move).expand(levels, -1).contiguous() for name, move in moves.items()}
+    codes = encoder_bank(encoder, people)[:, 0]
+    _, values, components = np.linalg.svd(codes - codes.mean(0), full_matrices=False)
+    for i in range(min(PRINCIPAL_DIRECTIONS, len(values))):
+        moves[f"pc{i + 1}"] = components[i] * values[i] / len(codes) ** 0.5
+    levels = encoder.config.num_styles
+    return {name: torch.from_numpy(move.astype(np.float32)).expand(levels, -1).contiguous() for name, move in moves.items()}
 
 
 def train_matting(args, people: People) -> None:
