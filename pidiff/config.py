@@ -40,13 +40,14 @@ class WPlusEncoderConfig:
     stage_channels: tuple[int, ...] = (64, 128, 256, 512)
     stage_blocks: tuple[int, ...] = (3, 4, 14, 3)
     head_channels: int = 512                   # width of the convolutions of each style head
+    offset_channels: int | None = None         # the same for levels >= 1, whose heads give offsets; None: head_channels
     coarse_styles: int = 3                     # heads 0 .. coarse_styles-1 read the 1/16 map
     middle_styles: int = 7                     # heads .. middle_styles-1 read the 1/8 map, the rest 1/4
 
 
 E4E_FFHQ = WPlusEncoderConfig()
 W_PLUS_MINI = WPlusEncoderConfig(input_size=64, num_styles=12, stem_channels=32, stage_channels=(32, 64, 128, 192),
-                                 stage_blocks=(1, 2, 3, 2), head_channels=64)
+                                 stage_blocks=(1, 2, 3, 2), head_channels=192, offset_channels=16)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class AdapterConfig:
     """Identity branch of one UNet.
 
     `groups` are the sizes of the W+ level groups (coarse, middle, fine, finest). `tokens_per_group` = 1 with
-    `mode="residual"` is W+ Adapter (Li et al. 2024, arXiv 2311.17461); `parallel` adds the null key.
+    `mode="residual"` is W+ Adapter (Li et al. 2024, arXiv 2311.17461); `parallel` adds the null key. With a
+    `mapper_width` each group's mapper is a residual network of that width and of `mapper_depth` blocks, not one matrix.
     """
 
     mode: str = "parallel"                     # parallel | residual
@@ -63,6 +65,8 @@ class AdapterConfig:
     token_dim: int = 768
     tokens_per_group: int = 1
     center: bool = False                       # subtract latent_avg from w_plus before the mapper
+    mapper_width: int = 0
+    mapper_depth: int = 0
 
     def __post_init__(self):
         if self.mode not in ("parallel", "residual"):
@@ -79,4 +83,5 @@ class AdapterConfig:
         return self.mode == "parallel"
 
 
-ADAPTER_MINI = AdapterConfig(groups=(4, 4, 2, 2), token_dim=192, tokens_per_group=2, center=True)
+ADAPTER_MINI = AdapterConfig(groups=(4, 4, 2, 2), token_dim=64, tokens_per_group=16, center=True, mapper_width=192,
+                             mapper_depth=2)

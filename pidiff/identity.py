@@ -15,18 +15,43 @@ from .attention import fold_identity, identity_attention
 from .config import AdapterConfig
 
 
-class WPlusMapper(nn.Module):
-    """w_plus [B, L, 512] -> id_embeds [B, T, d]: one bias-free linear map per level group, one shared LayerNorm.
+class ResidualMLP(nn.Module):
+    """x + up(silu(down(norm(x)))) on [..., d]; starts as the identity."""
 
-    With one token per group this is W+ Adapter's mapper (arXiv 2311.17461), so its published weights load.
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.wide = nn.Linear(width, 2 * width)
+        self.narrow = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.narrow.weight)
+        nn.init.zeros_(self.narrow.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(F.silu(self.wide(self.norm(x))))
+
+
+def group_map(inputs: int, outputs: int, config: AdapterConfig) -> nn.Module:
+    """One level group's map to its tokens. The deep one has a bias, by which a token is known whoever the person is."""
+    width = config.mapper_width
+    if not width:
+        return nn.Linear(inputs, outputs, bias=False)
+    last = nn.Linear(width, outputs)
+    nn.init.normal_(last.bias, std=0.5)
+    return nn.Sequential(nn.Linear(inputs, width), *(ResidualMLP(width) for _ in range(config.mapper_depth)), last)
+
+
+class WPlusMapper(nn.Module):
+    """w_plus [B, L, 512] -> id_embeds [B, T, d]: one map per level group, one shared LayerNorm.
+
+    With one token per group and no `mapper_width` this is W+ Adapter's mapper (arXiv 2311.17461: bias-free matrices),
+    so its published weights load.
     """
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.config = config
         for i, size in enumerate(config.groups):
-            proj = nn.Linear(size * config.w_plus_dim, config.tokens_per_group * config.token_dim, bias=False)
-            self.add_module(f"proj_{i}", proj)
+            self.add_module(f"proj_{i}", group_map(size * config.w_plus_dim, config.tokens_per_group * config.token_dim, config))
         self.norm = nn.LayerNorm(config.token_dim)
         average = torch.zeros(sum(config.groups), config.w_plus_dim) if config.center else None
         self.register_buffer("latent_avg", average)

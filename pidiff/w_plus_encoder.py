@@ -90,9 +90,9 @@ class WPlusEncoder(nn.Module):
         self.body = nn.Sequential(*blocks)
         self.latlayer1 = nn.Conv2d(c3, c4, 1)
         self.latlayer2 = nn.Conv2d(c2, c4, 1)
-        self.styles = nn.ModuleList(
-            StyleHead(c4, config.head_channels, config.style_dim, config.input_size // self._stride(i))
-            for i in range(config.num_styles))
+        widths = [config.head_channels] + [config.offset_channels or config.head_channels] * (config.num_styles - 1)
+        self.styles = nn.ModuleList(StyleHead(c4, width, config.style_dim, config.input_size // self._stride(i))
+                                    for i, width in enumerate(widths))
         for head in self.styles[1:]:                    # every level begins as the main code
             nn.init.zeros_(head.linear.weight)
         self.register_buffer("latent_avg", torch.zeros(config.num_styles, config.style_dim))

@@ -21,9 +21,16 @@ def run(stage, data, model, *more):
 def trained(people_folder, tmp_path_factory):
     """A model folder after two steps of every stage."""
     model = tmp_path_factory.mktemp("model")
-    for stage in ("vae", "encoder", "matting", "base"):
+    for stage in ("vae", "encoder", "matting", "mapper", "base"):
         assert run(stage, people_folder, model) == 0, stage
     return model
+
+
+def test_base_keeps_what_the_mapper_stage_learned(trained):
+    from safetensors.torch import load_file
+    learned, shipped = load_file(trained / "mapper" / "model.safetensors"), load_file(trained / "adapter" / "model.safetensors")
+    names = [n for n in learned if n.startswith("mapper.") and "latent_avg" not in n]
+    assert names and all(torch.equal(learned[n].half(), shipped[n]) for n in names)
 
 
 def test_stages_make_a_model_folder_that_loads_and_adapts(trained, people_folder):
@@ -34,6 +41,36 @@ def test_stages_make_a_model_folder_that_loads_and_adapts(trained, people_folder
     same = [torch.equal(a, b) for a, b in zip(before.unet.parameters(), after.unet.parameters())]
     moved = [not torch.equal(a, b) for a, b in zip(before.adapter.parameters(), after.adapter.parameters())]
     assert all(same) and any(moved)
+
+
+def test_mapper_stage_learns_to_draw(people):
+    """Tokens of a person describe that person's latents: far less is left unexplained than by the mean."""
+    from pidiff.config import ADAPTER_MINI
+    from pidiff.train.mapper import MapperLoss, RenderingMapper, unexplained, white_latents
+    torch.manual_seed(0)
+    latents = white_latents(PatchAutoencoder().eval(), people)
+    model = RenderingMapper(ADAPTER_MINI, *latents.shape[1:3])
+    loss_fn, rng = MapperLoss(model, people, latents, None, 16), np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    w_plus = torch.from_numpy(people.w)[:, None].expand(-1, 12, -1)
+    before = unexplained(model, w_plus, latents)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_fn(rng)[0].backward()
+        optimizer.step()
+    assert unexplained(model, w_plus, latents) < 0.5 * before
+
+
+def test_what_a_caption_names_is_moved_in_the_code_and_nothing_else_is(people):
+    from types import SimpleNamespace
+    from pidiff.train.base import BaseLoss, BaseOptions
+    loss = SimpleNamespace(people=people, options=BaseOptions(moved=1.0))
+    rng = np.random.default_rng(0)
+    assert not BaseLoss.move(loss, "a photo of a person, blue background", rng).any()
+    pose = BaseLoss.move(loss, "a person, looking left", rng)
+    assert abs(pose @ people.directions["pose"]) > 0.99 * np.linalg.norm(pose) > 0
+    smile = BaseLoss.move(loss, "a serious face", rng)
+    assert abs(smile @ people.directions["smile"]) > 0.99 * np.linalg.norm(smile) > 0
 
 
 def test_a_finished_stage_is_not_trained_again(trained, people_folder):

@@ -63,7 +63,7 @@ def load_people(folder: Path, size: int, split: str | None = "train", limit: int
     if split is not None:
         rows = [r for r in rows if int(r["identity"]) % 10 in SPLITS[split]]
     rows = rows[:limit]
-    latents = np.load(folder / "latents.npz")
+    latents = dict(np.load(folder / "latents.npz"))             # read once: an NpzFile reads an array at each access
     directions = {d: latents[f"dir_{d}"].astype(np.float32) for d in DIRECTIONS}
     mean = latents["mean"].reshape(-1).astype(np.float32)
     w = np.stack([_code(row, latents["w"], mean, directions) for row in rows])
@@ -99,7 +99,6 @@ def _read_tars(folder: Path, index: dict[str, int], images: np.ndarray, masks: n
 
 
 STYLE_WEIGHTS = (0.68, 0.08, 0.08, 0.08, 0.08)
-MIRRORED = 0.1                         # a code says where its face looks, so that few pictures contradict it
 
 
 def compose(people: People, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Factors]:
@@ -116,9 +115,5 @@ def compose(people: People, index: int, rng: np.random.Generator) -> tuple[np.nd
     elif rng.random() < 7 / 8:
         background = str(rng.choice([*COLOURS, *SCENES] if rng.random() < 0.5 else list(COLOURS)))
         image = composite(image, mask, paint_background(background, len(image), rng))
-    pose = known.pose
-    if rng.random() < MIRRORED:
-        image, mask = image[:, ::-1], mask[:, ::-1]
-        pose = {"left": "right", "right": "left"}.get(pose, pose)
     named = background if style in COLOUR_STYLES or background in SCENES else None
-    return apply_style(np.ascontiguousarray(image), style), np.ascontiguousarray(mask), Factors(style, named, known.expression, pose)
+    return apply_style(image, style), mask, Factors(style, named, known.expression, known.pose)

@@ -22,6 +22,7 @@ from .people import DIRECTIONS
 
 COLUMNS = ("file", "identity", "variant", "psi", "pose", "smile", "age")
 PER_TAR = 1000
+MIDDLE = "LeakyRelu_442"                # last layer at 64 x 64 of the synthesis network
 
 
 class Generator:
@@ -40,7 +41,13 @@ class Generator:
         mapping = core.read_model(data["MappingNetwork.xml"])
         mapping.reshape([-1, 512])
         self._mapping = core.compile_model(mapping, "CPU", config)
-        self._synthesis = core.compile_model(core.read_model(data["SynthesisNetwork.xml"]), "CPU", config)
+        network = core.read_model(data["SynthesisNetwork.xml"])
+        self._synthesis = core.compile_model(network, "CPU", config)
+        middle = [op for op in network.get_ordered_ops() if op.get_friendly_name() == MIDDLE]
+        if not middle:
+            raise ValueError(f"random-face's synthesis network must have a layer {MIDDLE}, got a version without it")
+        half = openvino.Model([middle[0].output(0)], network.get_parameters(), "half")
+        self._features = core.compile_model(half, "CPU", config)
 
     def w(self, z: np.ndarray) -> np.ndarray:
         """[N, 512] standard normal -> [N, 512]."""
@@ -49,6 +56,10 @@ class Generator:
     def image(self, w: np.ndarray) -> np.ndarray:
         rgb = next(iter(self._synthesis(w.reshape(1, 512).astype(np.float32)).values()))[0]
         return (np.clip(rgb.transpose(1, 2, 0) * 0.5 + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+    def features(self, w: np.ndarray) -> np.ndarray:
+        """[512] -> what the network has computed at 64 x 64, float32 [512, 64, 64]; a seventh of the work of `image`."""
+        return next(iter(self._features(w.reshape(1, 512).astype(np.float32)).values()))[0]
 
 
 def rows_for(people: int, variants: int, rng: np.random.Generator) -> list[dict]:
@@ -90,12 +101,17 @@ def synthesise(out: Path, people: int, variants: int, size: int, seed: int, matt
                 for row in part:
                     code = mean[0] + row["psi"] * (w[row["identity"]] - mean[0]) + sum(row[d] * units[d] for d in DIRECTIONS)
                     image = cv2.resize(generator.image(code), (size, size), interpolation=cv2.INTER_AREA)
-                    _add(tar, row["file"], cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1])
-                    _add(tar, row["file"].replace(".jpg", ".mask.png"), cv2.imencode(".png", mask_of(matting, image))[1])
+                    add_file(tar, row["file"], cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1])
+                    add_file(tar, row["file"].replace(".jpg", ".mask.png"), cv2.imencode(".png", mask_of(matting, image))[1])
                     bar.update()
             os.replace(temporary, path)
         else:
             bar.update(len(part))
+    write_manifest(out, rows, w, mean, units)
+
+
+def write_manifest(out: Path, rows: list[dict], w: np.ndarray, mean: np.ndarray, units: dict[str, np.ndarray]) -> None:
+    """latents.npz and manifest.csv, last: a folder with a manifest is complete."""
     np.savez(out / "latents.npz", w=w, mean=mean, **{f"dir_{d}": v for d, v in units.items()})
     with (out / "manifest.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -103,7 +119,7 @@ def synthesise(out: Path, people: int, variants: int, size: int, seed: int, matt
         writer.writerows(rows)
 
 
-def _add(tar: tarfile.TarFile, name: str, data: np.ndarray) -> None:
+def add_file(tar: tarfile.TarFile, name: str, data: np.ndarray) -> None:
     info = tarfile.TarInfo(name)
     info.size = data.nbytes
     tar.addfile(info, io.BytesIO(data.tobytes()))

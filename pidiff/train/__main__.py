@@ -28,7 +28,8 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train vae     --data DATA --model MODEL      autoencoder                   -> MODEL/vae
   pidiff-train encoder --data DATA --model MODEL      photo -> W+                   -> MODEL/w_plus_encoder
   pidiff-train matting --data DATA --model MODEL      background removal            -> MODEL/face_matting
-  pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder)
+  pidiff-train mapper  --data DATA --model MODEL      W+ -> identity tokens, by drawing faces from them (needs vae)
+  pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder and mapper)
   pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
   pidiff-export MODEL BUNDLE                          deployable bundle
   pidiff-train personalize PHOTO... --out ME          tune one person's code on 1 to 10 photos -> an identity file
@@ -43,12 +44,13 @@ PRESETS = {
     "vae": TrainConfig(steps=8000, batch_size=48, decay=0.6, ema_decay=0.99),
     "encoder": TrainConfig(steps=20000, batch_size=32, weight_decay=0.05, decay=0.6, ema_decay=0.998),
     "matting": TrainConfig(steps=3000, batch_size=16, learning_rate=2e-3, decay=0.6, ema_decay=0.99),
+    "mapper": TrainConfig(steps=8000, batch_size=256, learning_rate=2e-3, decay=0.5, ema_decay=0.99),
     "base": TrainConfig(steps=60000, batch_size=16, decay=0.3, ema_decay=0.998),
     "adapter": TrainConfig(steps=5000, batch_size=16, matrix_learning_rate=0.005, learning_rate=2e-4, decay=0.5, ema_decay=0.998),
 }
 
 PRINCIPAL_DIRECTIONS = 6
-SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "base": 128, "adapter": 128}
+SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "mapper": 128, "base": 128, "adapter": 128}
 
 
 def _trainer(args, model, export, sample=None) -> Trainer:
@@ -108,7 +110,8 @@ def edit_directions(people: People, encoder: torch.nn.Module) -> dict[str, torch
     principal components of the encoder's own main codes, `pc1` and so on (GANSpace, arXiv 2004.02546)."""
     from .base import encoder_bank
     moves = {name: unit * ((people.w - people.mean) @ unit).std() for name, unit in people.directions.items()}
-    codes = encoder_bank(encoder, people)[:, 0]
+    some = slice(None, None, max(1, len(people) // 4000))
+    codes = encoder_bank(encoder, dataclasses.replace(people, images=people.images[some], masks=people.masks[some]))[:, 0]
     _, values, components = np.linalg.svd(codes - codes.mean(0), full_matrices=False)
     for i in range(min(PRINCIPAL_DIRECTIONS, len(values))):
         moves[f"pc{i + 1}"] = components[i] * values[i] / len(codes) ** 0.5
@@ -143,11 +146,31 @@ def known_codes(codes, people: People) -> np.ndarray:
     return np.broadcast_to(people.w[:, None], (len(people), levels, 512)) if codes is None else codes.people
 
 
+def train_mapper(args, people: People) -> None:
+    from .base import encoder_bank
+    from .mapper import MapperLoss, RenderingMapper, unexplained, white_latents
+    vae, file = load_vae(args.model / "vae"), args.model / "mapper" / "model.safetensors"
+    latents, known = white_latents(vae, people), encoder_codes(args, people)
+    model = RenderingMapper(ADAPTER_MINI, *latents.shape[1:3])
+    _start_from(model, file)
+    model.mapper.latent_avg.copy_(torch.from_numpy(people.mean).expand_as(model.mapper.latent_avg))
+    model = model.to(args.config.device)
+    trainer = _trainer(args, model, lambda ema, _: save_weights(ema, file))
+    trainer.run(MapperLoss(model, people, latents, None if known is None else known.people, args.config.batch_size, args.config.device))
+    unseen = load_people(args.data, SIZES["mapper"], "validation", args.people_limit or 1000)
+    w_plus = torch.from_numpy(unseen.w)[:, None].expand(-1, W_PLUS_MINI.num_styles, -1)
+    print(f"held-out share unexplained: {unexplained(trainer.ema.cpu(), w_plus, white_latents(vae, unseen)):.3f}")
+
+
 def train_base(args, people: People) -> None:
     from .base import BaseLoss, build_base, save_base
     model, tokenizer = build_base(args.model, people.mean)
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model")):
         _start_from(getattr(model, part), args.model / part / f"{file}.safetensors")
+    if (mapper := args.model / "mapper" / "model.safetensors").is_file():
+        state = {k.removeprefix("mapper."): v for k, v in read_tensors(mapper).items() if k.startswith("mapper.")}
+        load_strict(model.adapter.mapper, state, "mapper")
+        model.adapter.mapper.requires_grad_(False)
     model = model.to(args.config.device, memory_format=torch.channels_last)
     vae, codes = load_vae(args.model / "vae").to(args.config.device), encoder_codes(args, people)
 
@@ -189,7 +212,7 @@ def picture_size(args) -> int:
     return json.loads(unet.read_text())["sample_size"] * scale
 
 
-STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "base": train_base, "adapter": train_adapter}
+STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "mapper": train_mapper, "base": train_base, "adapter": train_adapter}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

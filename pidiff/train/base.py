@@ -1,7 +1,8 @@
 """Base stage: UNet, text encoder and identity adapter trained together on composed pictures.
 
-Every picture is of a known person in a known setting. The text names the setting, the identity code comes from any
-picture of the person, so neither can do the other's work. With probability `id_off` the identity branch is off (so
+Every picture is of a known person in a known setting. The text names the setting, the identity code comes from a
+picture of the person, so neither can do the other's work. Where the text names the pose or the expression, the code's own
+is moved at random, so that the text decides; else the code does. With probability `id_off` the identity branch is off (so
 that id_scale = 0 is a proper text-to-image model), with `id_null` it sees mapper(zeros), and `text_drop` empties the
 prompt, for classifier-free guidance. Loss: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) plus a small
 localisation loss on the identity map.
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from ..checkpoint import save_weights
 from ..config import ADAPTER_MINI, save_config
-from ..data.factors import caption, composite
+from ..data.factors import EXPRESSIONS, caption, composite
 from ..data.people import People, compose
 from ..identity import IdentityAdapter
 from ..model import MINI_SCHEDULER, MINI_TEXT, Model, mini_text_encoder, mini_unet
@@ -35,10 +36,15 @@ class BaseOptions:
     text_drop: float = 0.10
     id_off: float = 0.10
     id_null: float = 0.07
-    id_same: float = 0.4                # share of references that are the very picture to draw
+    id_same: float = 0.7                # share of references that are the very picture to draw
+    moved: float = 0.7                  # share of codes whose pose or expression is moved when the text names it
     code_noise: float = 0.15            # W noise, standard deviation up to this (a code's own is about 0.34)
     encoded: float = 0.85               # share of references that went through the encoder, where there is one
     localisation: float = 0.05
+
+
+NAMED_BY = {"pose": ("looking",), "smile": EXPRESSIONS}      # words of a caption that name what a direction changes
+MOVES = {"pose": 2.0, "smile": 1.2}                          # standard deviation along the unit direction
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +134,15 @@ class BaseLoss:
         captions = ["" if rng.random() < self.options.text_drop else caption(p[2], rng) for p in pictures]
         return latents, masks, captions, indices
 
-    def codes(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def codes(self, indices: np.ndarray, captions: list[str], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """w_plus [B, L, 512] of a reference picture per person (zeros = null identity), id_scale [B]."""
         o, w_plus, scale = self.options, [], []
-        for index in indices:
+        for index, text in zip(indices, captions):
             others = self.variants[int(self.people.identity[index])]
             reference = index if rng.random() < o.id_same else rng.choice(others)
             kind = rng.random()
-            w_plus.append(np.zeros((self.levels, 512)) if kind < o.id_null else self.code(reference, rng))
+            code = np.zeros((self.levels, 512)) if kind < o.id_null else self.code(reference, rng) + self.move(text, rng)
+            w_plus.append(code)
             scale.append(0.0 if o.id_null <= kind < o.id_null + o.id_off else 1.0)
         return (torch.from_numpy(np.stack(w_plus).astype(np.float32)).to(self.device), torch.tensor(scale, device=self.device))
 
@@ -147,10 +154,18 @@ class BaseLoss:
         exact = self.people.w[reference] + rng.normal(0, self.options.code_noise * rng.random(), 512)
         return np.broadcast_to(exact, (self.levels, 512))
 
+    def move(self, text: str, rng: np.random.Generator) -> np.ndarray:
+        """Random move [512] along the directions of what a caption names."""
+        step = np.zeros(512)
+        for name, words in NAMED_BY.items():
+            if any(word in text for word in words) and rng.random() < self.options.moved:
+                step += rng.normal(0, MOVES[name]) * self.people.directions[name]
+        return step
+
     def draw(self, rng: np.random.Generator) -> "Task":
         """A batch with noise added and its conditions."""
         latents, masks, captions, indices = self.batch(rng)
-        w_plus, id_scale = self.codes(indices, rng)
+        w_plus, id_scale = self.codes(indices, captions, rng)
         prompt_embeds = encode_prompts(self.model, captions)
         timesteps = training_timesteps(len(latents), self.alphas_cumprod)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)

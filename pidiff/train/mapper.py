@@ -1,0 +1,86 @@
+"""Mapper stage: tokens learn to describe the face before a UNet has to read them.
+
+Each level group's tokens cover the latent grid, one token per region, and a linear read-out shared by the group's tokens
+predicts that group's share of the latent channels there (coarse channels from the coarse levels): regression of the
+latents of a person on white from the person's code. Few megaflops a sample, so that tens of thousands of people pass
+many times in minutes; the base stage then keeps the mapper as it is and learns where to look and what to make of it.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..config import AdapterConfig
+from ..data.factors import composite
+from ..data.people import People
+from ..identity import WPlusMapper
+from .common import to_tensor
+
+
+class RenderingMapper(nn.Module):
+    """A mapper and its read-outs: w_plus [B, L, 512] -> standardised latents [B, C, h, w]."""
+
+    def __init__(self, config: AdapterConfig, channels: int, size: int):
+        super().__init__()
+        rows = 2 ** math.ceil(math.log2(config.tokens_per_group) / 2)
+        self.rows, self.columns, self.size = rows, config.tokens_per_group // rows, size
+        if channels % 4 or size % rows or self.rows * self.columns != config.tokens_per_group:
+            raise ValueError(f"tokens_per_group must tile {size} x {size} latents, got {config.tokens_per_group}")
+        self.mapper = WPlusMapper(config)
+        region = channels // 4 * size * size // config.tokens_per_group
+        self.read = nn.ModuleList(nn.Linear(config.token_dim, region) for _ in config.groups)
+        self.register_buffer("mean", torch.zeros(channels, size, size))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def forward(self, w_plus: Tensor) -> Tensor:
+        tokens = self.mapper(w_plus).chunk(4, 1)
+        high, wide = self.size // self.rows, self.size // self.columns
+        bands = [read(t).unflatten(1, (self.rows, self.columns)).unflatten(-1, (-1, high, wide)) for read, t in zip(self.read, tokens)]
+        return torch.cat([b.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3) for b in bands], 1)
+
+
+@torch.no_grad()
+def white_latents(vae: nn.Module, people: People, batch: int = 50) -> Tensor:
+    """Latents [N, C, h, w] float16 of every person on white."""
+    parts = []
+    for start in tqdm(range(0, len(people), batch), desc="latents", disable=None):
+        part = slice(start, start + batch)
+        white = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images[part], people.masks[part])]
+        parts.append(vae.encode(to_tensor(np.stack(white)).to(next(vae.parameters()).device)).half().cpu())
+    return torch.cat(parts)
+
+
+class MapperLoss:
+    """Mean squared error of standardised latents. Codes: the encoder's, or exact ones with noise of up to `code_noise`
+    (a code's own standard deviation is about 0.34)."""
+
+    def __init__(self, model: RenderingMapper, people: People, latents: Tensor, codes: np.ndarray | None, batch_size: int,
+                 device: str = "cpu", code_noise: float = 0.03, encoded: float = 0.5):
+        self.model, self.latents, self.codes, self.batch_size, self.device = model, latents, codes, batch_size, device
+        self.w, self.code_noise, self.encoded = people.w, code_noise, encoded if codes is not None else 0.0
+        some = latents[::max(1, len(latents) // 5000)].float()
+        model.mean.copy_(some.mean(0))
+        model.std.copy_(some.std((0, 2, 3)).view(-1, 1, 1))
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        indices = rng.integers(len(self.latents), size=self.batch_size)
+        noise = rng.normal(size=(self.batch_size, 1, 512)) * self.code_noise * rng.random((self.batch_size, 1, 1))
+        w_plus = (self.w[indices][:, None] + noise).repeat(sum(self.model.mapper.config.groups), 1)
+        if self.codes is not None:
+            encoded = rng.random(self.batch_size) < self.encoded
+            w_plus[encoded] = self.codes[indices[encoded]]
+        output = self.model(torch.from_numpy(w_plus.astype(np.float32)).to(self.device)).float()
+        target = (self.latents[torch.from_numpy(indices)].to(self.device).float() - self.model.mean) / self.model.std
+        return F.mse_loss(output, target), {}
+
+
+@torch.no_grad()
+def unexplained(model: RenderingMapper, w_plus: Tensor, latents: Tensor) -> float:
+    """Share of the latents' variance over people that the mapper's rendering leaves unexplained."""
+    latents = latents.float()
+    picture = model(w_plus) * model.std + model.mean
+    return float((picture - latents).square().mean() / (latents - latents.mean(0)).square().mean())
