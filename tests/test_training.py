@@ -61,6 +61,26 @@ def test_mapper_stage_learns_to_draw(people):
     assert unexplained(model, w_plus, latents) < 0.5 * before
 
 
+def test_alignment_loss_wants_each_place_to_read_its_own_token():
+    """Keys that are orthogonal, queries that point at the wanted key: the loss is near 0; shuffled queries cost more."""
+    from types import SimpleNamespace
+    from pidiff.config import AdapterConfig
+    from pidiff.train.mapper import alignment_loss
+    config, heads, side = AdapterConfig(tokens_per_group=4, token_dim=8), 4, 4
+    layer = SimpleNamespace(num_heads=heads, k_null=torch.eye(17)[16].repeat(heads))
+    keys = torch.eye(17)[:16].repeat(1, heads)[None, None]                              # [1, 1, 16, heads * 17]
+    regions = torch.tensor([[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2).flatten()           # 2 x 2 regions on a 4 x 4 map
+    mask = torch.ones(1, 1, 8, 8)
+    mask[..., 4:] = 0                                                                   # the right half is background
+    inside = torch.tensor([True, True, False, False]).repeat(side)
+    wanted = torch.stack([torch.where(inside, h * 4 + regions, 16) for h in range(heads)])
+    queries = 100 * torch.eye(17)[wanted].permute(1, 0, 2).flatten(1)[None]             # [1, 16, heads * 17]
+    adapter = SimpleNamespace(config=config, layers=[layer])
+    assert alignment_loss(adapter, [queries], [keys], mask, torch.ones(1)) < 1e-4
+    assert alignment_loss(adapter, [queries.roll(1, 1)], [keys], mask, torch.ones(1)) > 1
+    assert alignment_loss(adapter, [queries.roll(1, 1)], [keys], mask, torch.zeros(1)) == 0
+
+
 def test_what_a_caption_names_is_moved_in_the_code_and_nothing_else_is(people):
     from types import SimpleNamespace
     from pidiff.train.base import BaseLoss, BaseOptions

@@ -167,7 +167,7 @@ def train_base(args, people: People) -> None:
     model, tokenizer = build_base(args.model, people.mean)
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model")):
         _start_from(getattr(model, part), args.model / part / f"{file}.safetensors")
-    if (mapper := args.model / "mapper" / "model.safetensors").is_file():
+    if mapped := (mapper := args.model / "mapper" / "model.safetensors").is_file():
         state = {k.removeprefix("mapper."): v for k, v in read_tensors(mapper).items() if k.startswith("mapper.")}
         load_strict(model.adapter.mapper, state, "mapper")
         model.adapter.mapper.requires_grad_(False)
@@ -179,7 +179,7 @@ def train_base(args, people: People) -> None:
 
     trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model),
                        lambda ema: sample_sheet(whole(ema), people, known_codes(codes, people)))
-    trainer.run(BaseLoss(whole(model), people, args.config.batch_size, codes))
+    trainer.run(BaseLoss(whole(model), people, args.config.batch_size, codes, aligned=mapped))
 
 
 def train_adapter(args, people: People) -> None:

@@ -5,7 +5,7 @@ picture of the person, so neither can do the other's work. Where the text names 
 is moved at random, so that the text decides; else the code does. With probability `id_off` the identity branch is off (so
 that id_scale = 0 is a proper text-to-image model), with `id_null` it sees mapper(zeros), and `text_drop` empties the
 prompt, for classifier-free guidance. Loss: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) plus a small
-localisation loss on the identity map.
+localisation loss on the identity map, and the mapper stage's alignment loss on identity attention.
 """
 
 import json
@@ -29,6 +29,7 @@ from ..sampling import encode_prompts, make_scheduler
 from ..tokenizer import build_tokenizer
 from ..unet import attach
 from .common import to_tensor, training_timesteps
+from .mapper import alignment_loss
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class BaseOptions:
     code_noise: float = 0.15            # W noise, standard deviation up to this (a code's own is about 0.34)
     encoded: float = 0.85               # share of references that went through the encoder, where there is one
     localisation: float = 0.05
+    alignment: float = 0.1              # where the mapper stage has given the tokens their regions
 
 
 NAMED_BY = {"pose": ("looking",), "smile": EXPRESSIONS}      # words of a caption that name what a direction changes
@@ -80,6 +82,17 @@ def localisation_loss(maps: list[Tensor], mask: Tensor, weight: Tensor) -> Tenso
     return total / len(maps)
 
 
+class AttentionProbe:
+    """Keeps what the last UNet call gave to identity attention: queries [B, S, C] and keys [B, P, T, C] per layer."""
+
+    def __init__(self, adapter: IdentityAdapter):
+        self.queries: list[Tensor] = [None] * len(adapter.layers)
+        self.keys: list[Tensor] = [None] * len(adapter.layers)
+        for i, layer in enumerate(adapter.layers):
+            layer.to_q_id.register_forward_hook(lambda module, args, out, i=i: self.queries.__setitem__(i, out))
+            layer.to_k_id.register_forward_hook(lambda module, args, out, i=i: self.keys.__setitem__(i, out))
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """What the UNet is asked: noisy latents [B, C, h, w] at timesteps [B], target (v or epsilon), person masks [B, 1, h, w],
@@ -116,12 +129,13 @@ class BaseLoss:
     """Draws a batch and computes the loss; see the module docstring. Everything is on the UNet's device."""
 
     def __init__(self, model: Model, people: People, batch_size: int, codes: "EncoderCodes | None" = None,
-                 options: BaseOptions = BaseOptions()):
+                 options: BaseOptions = BaseOptions(), aligned: bool = False):
         self.model, self.people, self.batch_size, self.options = model, people, batch_size, options
         self.device, self.alphas_cumprod = model.unet.device, training_alphas(model.scheduler).to(model.unet.device)
         self.variants, self.encoder_codes = people.variants(), codes
         self.levels = sum(model.adapter.config.groups)
         self.channel_weight = latent_weight(model, people)
+        self.probe = AttentionProbe(model.adapter) if aligned else None
 
     def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
         """Latents [B, C, h, w], person masks [B, 1, h, w], captions; and the picture indices."""
@@ -188,7 +202,11 @@ class BaseLoss:
         output, maps = self.predict(task, task.w_plus, task.id_scale)
         diffusion = ((output - task.target).square() * self.channel_weight).mean()
         local = localisation_loss(maps, task.masks, task.real)
-        return diffusion + self.options.localisation * local, {"diffusion": diffusion.detach(), "localisation": local.detach()}
+        loss, scalars = diffusion + self.options.localisation * local, {"diffusion": diffusion.detach(), "localisation": local.detach()}
+        if self.probe is not None:
+            align = alignment_loss(self.model.adapter, self.probe.queries, self.probe.keys, task.masks, task.real)
+            loss, scalars["alignment"] = loss + self.options.alignment * align, align.detach()
+        return loss, scalars
 
 
 def build_base(folder: Path, latent_avg: np.ndarray) -> tuple[BaseModel, object]:

@@ -14,11 +14,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..attention import split_heads
 from ..config import AdapterConfig
 from ..data.factors import composite
 from ..data.people import People
-from ..identity import WPlusMapper
+from ..identity import IdentityAdapter, WPlusMapper
 from .common import to_tensor
+
+
+def token_grid(config: AdapterConfig) -> tuple[int, int]:
+    """Rows and columns of the regions that a level group's tokens stand for."""
+    rows = 2 ** math.ceil(math.log2(config.tokens_per_group) / 2)
+    if config.tokens_per_group % rows:
+        raise ValueError(f"tokens_per_group must be a power of two, got {config.tokens_per_group}")
+    return rows, config.tokens_per_group // rows
+
+
+def alignment_loss(adapter: IdentityAdapter, queries: list[Tensor], keys: list[Tensor], mask: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy of identity attention against the tokens' own layout: inside the person each head should read one
+    level group's token of its position, outside the null token.
+
+    queries: per layer [B, S, C]; keys: [B, 1, T, C]; mask [B, 1, h, w] in [0, 1]; weight [B], 0 for pictures without an
+    identity. Without it heads settle on a few arbitrary tokens, and it takes them many thousand pictures to part.
+    """
+    rows, columns = token_grid(adapter.config)
+    total = mask.new_zeros(())
+    for layer, q, k in zip(adapter.layers, queries, keys):
+        heads, side = layer.num_heads, int(q.shape[1] ** 0.5)
+        k = torch.cat([k[:, 0], layer.k_null.to(k.dtype).expand(len(k), 1, -1)], 1)
+        logits = split_heads(q, heads) @ split_heads(k, heads).transpose(-1, -2) * (q.shape[-1] // heads) ** -0.5
+        log_p = logits.float().log_softmax(-1)                                              # [B, H, S, T + 1]
+        place = torch.arange(side, device=q.device)
+        region = (place * rows // side * columns)[:, None] + place * columns // side        # [side, side]
+        group = torch.arange(heads, device=q.device) * 4 // heads
+        token = group[:, None] * rows * columns + region.flatten()                          # [H, S]
+        on = log_p.gather(-1, token[None, :, :, None].expand(len(q), -1, -1, 1))[..., 0]
+        inside = F.interpolate(mask, size=(side, side), mode="area").flatten(2)
+        loss = -(inside * on + (1 - inside) * log_p[..., -1]).mean((1, 2))
+        total = total + (loss * weight).sum() / weight.sum().clamp(min=1)
+    return total / len(queries)
 
 
 class RenderingMapper(nn.Module):
@@ -26,10 +60,10 @@ class RenderingMapper(nn.Module):
 
     def __init__(self, config: AdapterConfig, channels: int, size: int):
         super().__init__()
-        rows = 2 ** math.ceil(math.log2(config.tokens_per_group) / 2)
-        self.rows, self.columns, self.size = rows, config.tokens_per_group // rows, size
-        if channels % 4 or size % rows or self.rows * self.columns != config.tokens_per_group:
-            raise ValueError(f"tokens_per_group must tile {size} x {size} latents, got {config.tokens_per_group}")
+        self.rows, self.columns = token_grid(config)
+        self.size = size
+        if channels % 4 or size % self.rows:
+            raise ValueError(f"latents must have 4 n channels and a side that {self.rows} divides, got {channels} and {size}")
         self.mapper = WPlusMapper(config)
         region = channels // 4 * size * size // config.tokens_per_group
         self.read = nn.ModuleList(nn.Linear(config.token_dim, region) for _ in config.groups)
