@@ -57,6 +57,8 @@ class AdapterConfig:
     `groups` are the sizes of the W+ level groups (coarse, middle, fine, finest). `tokens_per_group` = 1 with
     `mode="residual"` is W+ Adapter (Li et al. 2024, arXiv 2311.17461); `parallel` adds the null key. With a
     `mapper_width` each group's mapper is a residual network of that width and of `mapper_depth` blocks, not one matrix.
+    With `token_rows` a group's tokens stand for the cells of a grid over the picture, row by row, and the last
+    `position_dim` numbers of a token say which cell and group it is: the same for everybody.
     """
 
     mode: str = "parallel"                     # parallel | residual
@@ -67,12 +69,21 @@ class AdapterConfig:
     center: bool = False                       # subtract latent_avg from w_plus before the mapper
     mapper_width: int = 0
     mapper_depth: int = 0
+    token_rows: int = 0
 
     def __post_init__(self):
         if self.mode not in ("parallel", "residual"):
             raise ValueError(f"mode must be parallel or residual, got {self.mode!r}")
         if len(self.groups) != 4 or min(self.groups) < 1:
             raise ValueError(f"groups must be 4 positive sizes, got {self.groups}")
+        if self.token_rows and self.tokens_per_group % self.token_rows:
+            raise ValueError(f"tokens_per_group must be a multiple of token_rows {self.token_rows}, got {self.tokens_per_group}")
+        if self.token_dim <= self.position_dim:
+            raise ValueError(f"token_dim must be more than the {self.position_dim} numbers of a position, got {self.token_dim}")
+
+    @property
+    def position_dim(self) -> int:
+        return self.token_rows + self.tokens_per_group // self.token_rows + len(self.groups) if self.token_rows else 0
 
     @property
     def num_tokens(self) -> int:
@@ -83,5 +94,6 @@ class AdapterConfig:
         return self.mode == "parallel"
 
 
-ADAPTER_MINI = AdapterConfig(groups=(4, 4, 2, 2), token_dim=64, tokens_per_group=16, center=True, mapper_width=192,
-                             mapper_depth=2)
+# One token per level group and latent pixel.
+ADAPTER_MINI = AdapterConfig(groups=(4, 4, 2, 2), token_dim=40, tokens_per_group=64, center=True, mapper_width=208,
+                             mapper_depth=2, token_rows=8)

@@ -30,14 +30,22 @@ class ResidualMLP(nn.Module):
         return x + self.narrow(F.silu(self.wide(self.norm(x))))
 
 
-def group_map(inputs: int, outputs: int, config: AdapterConfig) -> nn.Module:
-    """One level group's map to its tokens. The deep one has a bias, by which a token is known whoever the person is."""
-    width = config.mapper_width
+def group_map(inputs: int, config: AdapterConfig) -> nn.Module:
+    """One level group's map to its tokens, without their positions."""
+    outputs, width = config.tokens_per_group * (config.token_dim - config.position_dim), config.mapper_width
     if not width:
         return nn.Linear(inputs, outputs, bias=False)
-    last = nn.Linear(width, outputs)
-    nn.init.normal_(last.bias, std=0.5)
-    return nn.Sequential(nn.Linear(inputs, width), *(ResidualMLP(width) for _ in range(config.mapper_depth)), last)
+    return nn.Sequential(nn.Linear(inputs, width), *(ResidualMLP(width) for _ in range(config.mapper_depth)), nn.Linear(width, outputs))
+
+
+def token_positions(config: AdapterConfig) -> Tensor:
+    """One-hot row, column and level group of every token: [T, position_dim]. By them attention finds a token whoever
+    the person is."""
+    columns = config.tokens_per_group // config.token_rows
+    group, row, column = (t.flatten() for t in torch.meshgrid(*map(torch.arange, (len(config.groups), config.token_rows, columns)),
+                                                              indexing="ij"))
+    one_hot = ((row, config.token_rows), (column, columns), (group, len(config.groups)))
+    return 2 * torch.cat([F.one_hot(index, count) for index, count in one_hot], 1).float()
 
 
 class WPlusMapper(nn.Module):
@@ -51,8 +59,9 @@ class WPlusMapper(nn.Module):
         super().__init__()
         self.config = config
         for i, size in enumerate(config.groups):
-            self.add_module(f"proj_{i}", group_map(size * config.w_plus_dim, config.tokens_per_group * config.token_dim, config))
+            self.add_module(f"proj_{i}", group_map(size * config.w_plus_dim, config))
         self.norm = nn.LayerNorm(config.token_dim)
+        self.position = nn.Parameter(token_positions(config)) if config.token_rows else None
         average = torch.zeros(sum(config.groups), config.w_plus_dim) if config.center else None
         self.register_buffer("latent_avg", average)
 
@@ -64,7 +73,10 @@ class WPlusMapper(nn.Module):
             w_plus = w_plus - self.latent_avg
         tokens = [getattr(self, f"proj_{i}")(part.flatten(1)).unflatten(1, (self.config.tokens_per_group, -1))
                   for i, part in enumerate(w_plus.split(self.config.groups, 1))]
-        return self.norm(torch.cat(tokens, 1))
+        tokens = torch.cat(tokens, 1)
+        if self.position is not None:
+            tokens = torch.cat([tokens, self.position.expand(len(tokens), -1, -1)], -1)
+        return self.norm(tokens)
 
 
 class IdentityProjection(nn.Module):

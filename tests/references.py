@@ -56,10 +56,12 @@ def require_close(got: Array, exact: Array, same_dtype: Array, *summed: Array) -
     assert error <= allowed, f"error {error:.3g} over {allowed:.3g}"
 
 
-def require_close_16bit(got: Array, exact: Array, *summed: Array) -> None:
-    """The rule for CUDA: probabilities, too, pass through the storage dtype on their way to the tensor cores."""
+def require_close_16bit(got: Array, exact: Array, *summed: Array, terms: int = 1) -> None:
+    """The rule for CUDA: probabilities, too, pass through the storage dtype on their way to the tensor cores. The error
+    of a float32 sum of many `terms`, one after the other, grows with their number."""
     assert got.shape == exact.shape and np.isfinite(got.astype(np.float32)).all()
     unit = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8}[str(got.dtype)]
+    unit = max(unit, terms * 2.0**-28)
     largest = max((float(np.abs(x.astype(np.float32)).max()) for x in summed if x.size), default=1.0)
     if exact.size:
         error = float(np.abs(got.astype(np.float64) - exact).max())

@@ -88,6 +88,19 @@ def test_split_is_by_person(people_folder):
     assert not set(train.identity) & set(test.identity) and all(test.identity % 10 == 9) and len(train) and len(test)
 
 
+def test_several_folders_become_one_set_of_different_people(people_folder, tmp_path):
+    from pidiff.data.people import load_people
+    one, both = load_people(people_folder, 32), load_people([people_folder, people_folder], 32)
+    assert len(both) == 2 * len(one) == len(both.files) and len(both.variants()) == 2 * len(one.variants())
+    assert set(both.identity % 10) == set(one.identity % 10) and (both.images[len(one):] == one.images).all()
+    for file in people_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    latents = dict(np.load(people_folder / "latents.npz"))
+    np.savez(tmp_path / "latents.npz", **{**latents, "mean": latents["mean"] + 1})
+    with pytest.raises(ValueError, match="same mean code"):
+        load_people([people_folder, tmp_path], 32)
+
+
 def test_missing_pictures_are_named(people_folder, tmp_path):
     import shutil
     from pidiff.data.people import load_people

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pidiff.autoencoder import PatchAutoencoder
+from pidiff.autoencoder import MINI_VAE, PatchAutoencoder
 from pidiff.train.__main__ import main
 from pidiff.train.base import localisation_loss
 from pidiff.train.common import TrainConfig, Trainer, average, to_images, to_tensor, training_timesteps
@@ -48,13 +48,13 @@ def test_mapper_stage_learns_to_draw(people):
     from pidiff.config import ADAPTER_MINI
     from pidiff.train.mapper import MapperLoss, RenderingMapper, unexplained, white_latents
     torch.manual_seed(0)
-    latents = white_latents(PatchAutoencoder().eval(), people)
-    model = RenderingMapper(ADAPTER_MINI, *latents.shape[1:3])
+    latents = white_latents(PatchAutoencoder(MINI_VAE).eval(), people)
+    model = RenderingMapper(dataclasses.replace(ADAPTER_MINI, tokens_per_group=16, token_rows=4), *latents.shape[1:3])
     loss_fn, rng = MapperLoss(model, people, latents, None, 16), np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     w_plus = torch.from_numpy(people.w)[:, None].expand(-1, 12, -1)
     before = unexplained(model, w_plus, latents)
-    for _ in range(40):
+    for _ in range(100):
         optimizer.zero_grad()
         loss_fn(rng)[0].backward()
         optimizer.step()
@@ -66,7 +66,7 @@ def test_alignment_loss_wants_each_place_to_read_its_own_token():
     from types import SimpleNamespace
     from pidiff.config import AdapterConfig
     from pidiff.train.mapper import alignment_loss
-    config, heads, side = AdapterConfig(tokens_per_group=4, token_dim=8), 4, 4
+    config, heads, side = AdapterConfig(tokens_per_group=4, token_dim=9, token_rows=2), 4, 4
     layer = SimpleNamespace(num_heads=heads, k_null=torch.eye(17)[16].repeat(heads))
     keys = torch.eye(17)[:16].repeat(1, heads)[None, None]                              # [1, 1, 16, heads * 17]
     regions = torch.tensor([[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2).flatten()           # 2 x 2 regions on a 4 x 4 map
@@ -267,7 +267,7 @@ def test_training_timesteps_follow_the_log_normal():
     t = training_timesteps(20000, alphas)
     log_sigma = ((1 - alphas) / alphas).sqrt().log()[t]
     assert 0 <= t.min() and t.max() <= 999
-    assert abs(log_sigma.mean() - 0.8) < 0.05 and abs(log_sigma.std() - 1.6) < 0.1
+    assert abs(log_sigma.mean() - 0.3) < 0.1 and abs(log_sigma.std() - 1.6) < 0.1
     assert (training_timesteps(64, alphas).diff() >= 0).all(), "one from each part of the distribution"
 
 

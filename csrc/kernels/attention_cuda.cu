@@ -59,6 +59,17 @@ void require_device() {
   if (!cuda_available()) throw std::runtime_error("implementation must be one that runs on this machine, got cuda");
 }
 
+template <int Rows>
+void dispatch_mix(const IdentityMixParams& p, int shared, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((p.queries + Rows - 1) / Rows), static_cast<unsigned>(p.batch));
+  const auto run = [&](auto kernel) { cuda::launch(kernel, grid, cuda::kMixThreads, shared, stream, p); };
+  switch (p.dtype) {
+    case DType::float32: return run(cuda::identity_mix<float, Rows>);
+    case DType::float16: return run(cuda::identity_mix<cuda::Half, Rows>);
+    case DType::bfloat16: return run(cuda::identity_mix<cuda::BFloat, Rows>);
+  }
+}
+
 }  // namespace
 
 bool cuda_available() {
@@ -80,19 +91,13 @@ void attention_cuda(const AttentionParams& p, void* stream_handle) {
 void identity_mix_cuda(const IdentityMixParams& p, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   constexpr std::int64_t limit = 99 * 1024;  // what every architecture built for can give one block
-  const std::int64_t bytes = cuda::mix_shared_floats(p) * static_cast<std::int64_t>(sizeof(float));
-  if (bytes > limit)
+  const std::int64_t many = cuda::mix_shared_floats<16>(p) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t few = cuda::mix_shared_floats<4>(p) * static_cast<std::int64_t>(sizeof(float));
+  if (few > limit)
     throw std::invalid_argument("people * heads * columns must fit " + std::to_string(limit) +
-                                " bytes of shared memory on CUDA, got " + std::to_string(bytes));
-  const dim3 grid(static_cast<unsigned>((p.queries + cuda::kMixRows - 1) / cuda::kMixRows),
-                  static_cast<unsigned>(p.batch));
-  const int shared = static_cast<int>(bytes);
-  switch (p.dtype) {
-    case DType::float32: return cuda::launch(cuda::identity_mix<float>, grid, cuda::kMixThreads, shared, stream, p);
-    case DType::float16: return cuda::launch(cuda::identity_mix<cuda::Half>, grid, cuda::kMixThreads, shared, stream, p);
-    case DType::bfloat16:
-      return cuda::launch(cuda::identity_mix<cuda::BFloat>, grid, cuda::kMixThreads, shared, stream, p);
-  }
+                                " bytes of shared memory on CUDA, got " + std::to_string(few));
+  if (many > limit) return dispatch_mix<4>(p, static_cast<int>(few), stream);
+  dispatch_mix<16>(p, static_cast<int>(many), stream);
 }
 
 // The host versions copy each array whole, from its first to its last element, so strides stay as they are.

@@ -9,7 +9,7 @@ Split by person: identity % 10 == 9 is test, == 8 is validation.
 
 import csv
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -54,9 +54,23 @@ class People:
         return Factors(expression=expression, pose=direction)
 
 
-def load_people(folder: Path, size: int, split: str | None = "train", limit: int | None = None) -> People:
-    """Read one split at `size` pixels; `limit` keeps the first so many pictures."""
-    folder = Path(folder)
+def load_people(folders: Path | list[Path], size: int, split: str | None = "train", limit: int | None = None) -> People:
+    """Read one split at `size` pixels, of one folder or of several with different people and the same generator;
+    `limit` keeps the first so many pictures of each."""
+    if not isinstance(folders, list):
+        return _load_folder(Path(folders), size, split, limit)
+    parts, first = [], 0
+    for folder in folders:
+        part = _load_folder(Path(folder), size, split, limit)
+        if parts and not np.allclose(part.mean, parts[0].mean, atol=1e-3):
+            raise ValueError(f"data must be folders with the same mean code, got another one in {folder}")
+        parts.append(replace(part, identity=part.identity + first))
+        first = 10 * (parts[-1].identity.max(initial=first) // 10 + 1)         # the last digit says the split
+    joined = {f: np.concatenate([getattr(p, f) for p in parts]) for f in ("images", "masks", "w", "identity")}
+    return replace(parts[0], **joined, files=[f for p in parts for f in p.files])
+
+
+def _load_folder(folder: Path, size: int, split: str | None, limit: int | None) -> People:
     if not (folder / "manifest.csv").is_file():
         raise ValueError(f"data must be a folder with manifest.csv, got {folder}")
     rows = list(csv.DictReader((folder / "manifest.csv").open()))

@@ -25,10 +25,11 @@ DESCRIPTION = """\
 Train one stage of a PIDiff model. All stages share one model folder:
 
   pidiff-data synth --out DATA --people 2000          synthetic people with exact codes
+  pidiff-data draft --out MORE --like DATA            many more, fast: then --data DATA MORE below
   pidiff-train vae     --data DATA --model MODEL      autoencoder                   -> MODEL/vae
-  pidiff-train encoder --data DATA --model MODEL      photo -> W+                   -> MODEL/w_plus_encoder
   pidiff-train matting --data DATA --model MODEL      background removal            -> MODEL/face_matting
   pidiff-train mapper  --data DATA --model MODEL      W+ -> identity tokens, by drawing faces from them (needs vae)
+  pidiff-train encoder --data DATA --model MODEL      photo -> W+ (uses mapper)     -> MODEL/w_plus_encoder
   pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder and mapper)
   pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
   pidiff-export MODEL BUNDLE                          deployable bundle
@@ -69,9 +70,9 @@ def _start_from(module: torch.nn.Module, file: Path) -> bool:
 
 
 def train_vae(args, people: People) -> None:
-    from ..autoencoder import PatchAutoencoder
-    from .vae import VaeLoss, reconstruction_psnr
-    model, file = PatchAutoencoder(), args.model / "vae" / "diffusion_pytorch_model.safetensors"
+    from ..autoencoder import MINI_VAE, PatchAutoencoder
+    from .vae import VaeLoss, reconstruction_psnr, set_rotation
+    model, file = PatchAutoencoder(MINI_VAE), args.model / "vae" / "diffusion_pytorch_model.safetensors"
     if not _start_from(model, file):
         model.init_from_patches(to_tensor(people.images[::max(1, len(people) // 1200)]))
     model = model.to(args.config.device, memory_format=torch.channels_last)
@@ -81,7 +82,10 @@ def train_vae(args, people: People) -> None:
         save_config(ema.config, args.model / "vae" / "config.json")
 
     trainer = _trainer(args, model, export)
-    trainer.run(VaeLoss(model, people, args.config.batch_size, device=args.config.device))
+    loss = VaeLoss(model, people, args.config.batch_size, device=args.config.device)
+    trainer.run(loss)
+    set_rotation(trainer.ema, loss)
+    export(trainer.ema, trainer.step)
     held_out = load_people(args.data, 128, "validation", limit=96).images
     print(f"held-out reconstruction: {reconstruction_psnr(trainer.ema.cpu(), held_out):.2f} dB")
 
@@ -89,6 +93,7 @@ def train_vae(args, people: People) -> None:
 def train_encoder(args, people: People) -> None:
     from ..w_plus_encoder import WPlusEncoder
     from .face import EncoderLoss, encoder_scores
+    from .mapper import load_renderer
     model, file = WPlusEncoder(W_PLUS_MINI), args.model / "w_plus_encoder" / "model.safetensors"
     if not _start_from(model, file):
         model.init_main_code(torch.from_numpy(people.w))
@@ -100,7 +105,9 @@ def train_encoder(args, people: People) -> None:
         save_config(ema.config, args.model / "w_plus_encoder" / "config.json")
 
     trainer = _trainer(args, model, export)
-    trainer.run(EncoderLoss(model, people, args.config.batch_size, args.config.device))
+    mapper = args.model / "mapper" / "model.safetensors"
+    renderer = load_renderer(mapper).to(args.config.device) if mapper.is_file() else None
+    trainer.run(EncoderLoss(model, people, args.config.batch_size, args.config.device, renderer))
     save_file(edit_directions(people, trainer.ema.cpu().eval()), args.model / "directions.safetensors")
     print("held-out", encoder_scores(trainer.ema.cpu().eval(), load_people(args.data, SIZES["encoder"], "validation")))
 
@@ -208,7 +215,7 @@ def picture_size(args) -> int:
     if args.stage != "adapter" or not unet.is_file():
         return SIZES[args.stage]
     vae = json.loads((args.model / "vae" / "config.json").read_text())
-    scale = vae.get("patch_size") or 2 ** (len(vae["block_out_channels"]) - 1)
+    scale = vae["patch_size"] * vae.get("pack_size", 1) if "patch_size" in vae else 2 ** (len(vae["block_out_channels"]) - 1)
     return json.loads(unet.read_text())["sample_size"] * scale
 
 
@@ -218,7 +225,7 @@ STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("pidiff-train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--data", type=Path, required=True, help="folder written by pidiff-data")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by pidiff-data")
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="adapter stage: less memory, a third slower")
     parser.add_argument("--people-limit", type=int, help="use only so many pictures (for trials)")
@@ -249,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         people = load_people(args.data, picture_size(args), "train", args.people_limit)
         if len(people) == 0:
-            raise ValueError(f"data must hold at least one picture of the training split, got none in {args.data}")
+            raise ValueError(f"data must hold at least one picture of the training split, got none in {', '.join(map(str, args.data))}")
         args.model.mkdir(parents=True, exist_ok=True)
         STAGES[args.stage](args, people)
     except (ValueError, CheckpointError, RuntimeError, OSError) as error:

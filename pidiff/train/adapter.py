@@ -66,11 +66,12 @@ class AdapterLoss(BaseLoss):
                 negative = self.predict(task, self.negatives(task.w_plus, rng), task.id_scale)[0]
         output, maps = self.predict(task, task.w_plus, task.id_scale, self.held)
         outside = 1 - task.masks
-        weight = (task.masks + terms.background_weight * outside) * self.channel_weight
+        channels = self.weight(task)
+        weight = (task.masks + terms.background_weight * outside) * channels
         parts = {"rec": (weight * (output - task.target).square()).mean()}
 
         def change(other: Tensor) -> Tensor:
-            return (outside * (output - other).square() * self.channel_weight * task.real.view(-1, 1, 1, 1)).mean()
+            return (outside * (output - other).square() * channels * task.real.view(-1, 1, 1, 1)).mean()
 
         if terms.bg:
             parts["bg"] = terms.bg * change(without)

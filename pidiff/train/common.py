@@ -258,7 +258,7 @@ def to_images(tensor: Tensor) -> np.ndarray:
     return tensor.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def training_timesteps(count: int, alphas_cumprod: Tensor, mean: float = 0.8, std: float = 1.7) -> Tensor:
+def training_timesteps(count: int, alphas_cumprod: Tensor, mean: float = 0.3, std: float = 1.7) -> Tensor:
     """Timesteps [count] with log sigma ~ N(mean, std), stratified over the batch (Karras et al. 2022, arXiv 2206.00364).
 
     Uniform timesteps of the linear schedule would spend half of the batch on noise three times the signal, while a

@@ -9,6 +9,7 @@ from ..data.factors import COLOURS, SCENES, composite, paint_background
 from ..data.people import People
 from .augment import misalign, photograph
 from .common import to_tensor
+from .mapper import RenderingMapper
 
 
 def _people_batch(people: People, indices: np.ndarray, rng: np.random.Generator, background, amount: float = 1.0):
@@ -36,23 +37,35 @@ def any_background(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 
 
 class EncoderLoss:
-    """Mean squared error of the main code in units of a code's standard deviation.
+    """Mean squared error of the main code, and of the picture that the mapper stage's renderer draws from it: a code's
+    error matters as far as it is seen. Both as shares of what the mean code would leave, so about 1 at first.
 
     Levels share one exact code in this data, so the offsets of levels >= 1 stay at zero, where they begin (e4e's
-    first stage).
+    first stage; there, too, losses on the drawn picture join the code's).
     """
 
-    def __init__(self, model: nn.Module, people: People, batch_size: int, device: str = "cpu"):
+    def __init__(self, model: nn.Module, people: People, batch_size: int, device: str = "cpu", renderer: RenderingMapper | None = None):
         self.model, self.people, self.batch_size, self.device = model, people, batch_size, device
         self.std = float((people.w - people.mean).std())
+        self.renderer = renderer
+        if renderer is not None:
+            with torch.no_grad():
+                self.spread = self.render(torch.from_numpy(people.w[::max(1, len(people) // 1000)]).to(device)).var(0).mean()
+
+    def render(self, codes: Tensor) -> Tensor:
+        """Standardised latents [B, C, h, w] of codes [B, 512]."""
+        return self.renderer(codes[:, None].expand(-1, self.model.config.num_styles, -1)).float()
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
         indices = rng.integers(len(self.people), size=self.batch_size)
         images, _ = _people_batch(self.people, indices, rng, white_background)
         target = torch.from_numpy(self.people.w[indices]).to(self.device)
-        error = (self.model.main_code(to_tensor(images).to(self.device)).float() - target) / self.std
-        loss = error.square().mean()
-        return loss, {}
+        code = self.model.main_code(to_tensor(images).to(self.device)).float()
+        loss = ((code - target) / self.std).square().mean()
+        if self.renderer is None:
+            return loss, {}
+        seen = (self.render(code) - self.render(target)).square().mean() / self.spread
+        return loss + seen, {"code": loss.detach(), "seen": seen.detach()}
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """Mapper stage: tokens learn to describe the face before a UNet has to read them.
 
-Each level group's tokens cover the latent grid, one token per region, and a linear read-out shared by the group's tokens
+Each level group's tokens cover the latent grid, one token per cell, and a linear read-out shared by the group's tokens
 predicts that group's share of the latent channels there (coarse channels from the coarse levels): regression of the
 latents of a person on white from the person's code. Few megaflops a sample, so that tens of thousands of people pass
 many times in minutes; the base stage then keeps the mapper as it is and learns where to look and what to make of it.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,40 +16,43 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..attention import split_heads
-from ..config import AdapterConfig
+from ..checkpoint import load_strict, read_tensors
+from ..config import ADAPTER_MINI, AdapterConfig
 from ..data.factors import composite
 from ..data.people import People
 from ..identity import IdentityAdapter, WPlusMapper
 from .common import to_tensor
 
 
-def token_grid(config: AdapterConfig) -> tuple[int, int]:
-    """Rows and columns of the regions that a level group's tokens stand for."""
-    rows = 2 ** math.ceil(math.log2(config.tokens_per_group) / 2)
-    if config.tokens_per_group % rows:
-        raise ValueError(f"tokens_per_group must be a power of two, got {config.tokens_per_group}")
-    return rows, config.tokens_per_group // rows
+def cells_met(config: AdapterConfig, side: int) -> Tensor:
+    """Which cells of the token grid lie where a position of a side x side map lies: [side^2, tokens of a group] bool."""
+    def along(cells: int) -> Tensor:
+        fine = math.lcm(cells, side)
+        place = torch.arange(fine)
+        met = torch.zeros(side, cells, dtype=torch.bool)
+        met[place * side // fine, place * cells // fine] = True
+        return met
+    rows, columns = along(config.token_rows), along(config.tokens_per_group // config.token_rows)
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def alignment_loss(adapter: IdentityAdapter, queries: list[Tensor], keys: list[Tensor], mask: Tensor, weight: Tensor) -> Tensor:
     """Cross-entropy of identity attention against the tokens' own layout: inside the person each head should read one
-    level group's token of its position, outside the null token.
+    level group's tokens of its position, outside the null token.
 
     queries: per layer [B, S, C]; keys: [B, 1, T, C]; mask [B, 1, h, w] in [0, 1]; weight [B], 0 for pictures without an
     identity. Without it heads settle on a few arbitrary tokens, and it takes them many thousand pictures to part.
     """
-    rows, columns = token_grid(adapter.config)
-    total = mask.new_zeros(())
+    config, total = adapter.config, mask.new_zeros(())
     for layer, q, k in zip(adapter.layers, queries, keys):
         heads, side = layer.num_heads, int(q.shape[1] ** 0.5)
         k = torch.cat([k[:, 0], layer.k_null.to(k.dtype).expand(len(k), 1, -1)], 1)
         logits = split_heads(q, heads) @ split_heads(k, heads).transpose(-1, -2) * (q.shape[-1] // heads) ** -0.5
         log_p = logits.float().log_softmax(-1)                                              # [B, H, S, T + 1]
-        place = torch.arange(side, device=q.device)
-        region = (place * rows // side * columns)[:, None] + place * columns // side        # [side, side]
         group = torch.arange(heads, device=q.device) * 4 // heads
-        token = group[:, None] * rows * columns + region.flatten()                          # [H, S]
-        on = log_p.gather(-1, token[None, :, :, None].expand(len(q), -1, -1, 1))[..., 0]
+        groups = log_p[..., :-1].unflatten(-1, (4, -1))                                     # [B, H, S, 4, tokens of a group]
+        own = groups.take_along_dim(group.view(1, -1, 1, 1, 1), 3)[..., 0, :]
+        on = own.masked_fill(~cells_met(config, side).to(q.device), -torch.inf).logsumexp(-1)
         inside = F.interpolate(mask, size=(side, side), mode="area").flatten(2)
         loss = -(inside * on + (1 - inside) * log_p[..., -1]).mean((1, 2))
         total = total + (loss * weight).sum() / weight.sum().clamp(min=1)
@@ -60,21 +64,29 @@ class RenderingMapper(nn.Module):
 
     def __init__(self, config: AdapterConfig, channels: int, size: int):
         super().__init__()
-        self.rows, self.columns = token_grid(config)
+        self.rows, self.columns = config.token_rows, config.tokens_per_group // config.token_rows
         self.size = size
-        if channels % 4 or size % self.rows:
-            raise ValueError(f"latents must have 4 n channels and a side that {self.rows} divides, got {channels} and {size}")
-        self.mapper = WPlusMapper(config)
+        if channels % 4 or size % self.rows or size % self.columns:
+            raise ValueError(f"latents must have 4 n channels and a side that {self.rows} and {self.columns} divide, "
+                             f"got {channels} and {size}")
+        self.mapper, self.content = WPlusMapper(config), config.token_dim - config.position_dim
         region = channels // 4 * size * size // config.tokens_per_group
-        self.read = nn.ModuleList(nn.Linear(config.token_dim, region) for _ in config.groups)
+        self.read = nn.ModuleList(nn.Linear(self.content, region) for _ in config.groups)
         self.register_buffer("mean", torch.zeros(channels, size, size))
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def forward(self, w_plus: Tensor) -> Tensor:
-        tokens = self.mapper(w_plus).chunk(4, 1)
+        tokens = self.mapper(w_plus)[..., :self.content].chunk(4, 1)
         high, wide = self.size // self.rows, self.size // self.columns
         bands = [read(t).unflatten(1, (self.rows, self.columns)).unflatten(-1, (-1, high, wide)) for read, t in zip(self.read, tokens)]
         return torch.cat([b.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3) for b in bands], 1)
+
+
+def load_renderer(file: Path) -> RenderingMapper:
+    """What the mapper stage wrote, for pictures only: no gradient reaches its weights."""
+    state = read_tensors(file)
+    model = RenderingMapper(ADAPTER_MINI, *state["mean"].shape[:2])
+    return load_strict(model, state, file.parent.name).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -84,7 +96,9 @@ def white_latents(vae: nn.Module, people: People, batch: int = 50) -> Tensor:
     for start in tqdm(range(0, len(people), batch), desc="latents", disable=None):
         part = slice(start, start + batch)
         white = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images[part], people.masks[part])]
-        parts.append(vae.encode(to_tensor(np.stack(white)).to(next(vae.parameters()).device)).half().cpu())
+        device = next(vae.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16):
+            parts.append(vae.encode(to_tensor(np.stack(white)).to(device)).half().cpu())
     return torch.cat(parts)
 
 

@@ -27,12 +27,18 @@ class VaeLoss:
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
         image = self.batch(rng)
-        mean = self.model.encode(image).float()
-        error = self.model.decode(self.model.sample(mean)).float() - image
+        mean = self.model.posterior_mean(image).float()
+        error = self.model.reconstruct(self.model.sample(mean)).float() - image
         gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = self.model.kl(mean)
         loss = error.abs().mean() + 0.5 * gradient + error.square().mean() + self.kl_weight * kl
         return loss, {"l1": error.abs().mean().detach(), "kl": kl.detach()}
+
+
+def set_rotation(model: PatchAutoencoder, loss: VaeLoss, batches: int = 100) -> None:
+    """Rotate packed latents onto their principal components over the stage's own crops."""
+    rng = np.random.default_rng(0)
+    model.init_rotation(torch.cat([loss.batch(rng) for _ in range(batches)]))
 
 
 @torch.no_grad()
