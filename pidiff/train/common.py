@@ -65,6 +65,13 @@ def join_processes(device: str) -> None:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
+def leave_processes() -> None:
+    """Wait for the others, then close the group: its threads abort a process that ends without that."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def average_over_processes(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all processes."""
     flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -179,6 +186,7 @@ class Trainer:
         log.close()
         bar.close()
         self.save()
+        leave_processes()
         if self.rank:
             sys.exit(0)
 
