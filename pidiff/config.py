@@ -82,8 +82,12 @@ class AdapterConfig:
             raise ValueError(f"token_dim must be more than the {self.position_dim} numbers of a position, got {self.token_dim}")
 
     @property
+    def token_columns(self) -> int:
+        return self.tokens_per_group // self.token_rows if self.token_rows else 0
+
+    @property
     def position_dim(self) -> int:
-        return self.token_rows + self.tokens_per_group // self.token_rows + len(self.groups) if self.token_rows else 0
+        return self.token_rows + self.token_columns + len(self.groups) if self.token_rows else 0
 
     @property
     def num_tokens(self) -> int:

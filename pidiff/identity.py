@@ -41,10 +41,9 @@ def group_map(inputs: int, config: AdapterConfig) -> nn.Module:
 def token_positions(config: AdapterConfig) -> Tensor:
     """One-hot row, column and level group of every token: [T, position_dim]. By them attention finds a token whoever
     the person is."""
-    columns = config.tokens_per_group // config.token_rows
-    group, row, column = (t.flatten() for t in torch.meshgrid(*map(torch.arange, (len(config.groups), config.token_rows, columns)),
-                                                              indexing="ij"))
-    one_hot = ((row, config.token_rows), (column, columns), (group, len(config.groups)))
+    rows, columns, groups = config.token_rows, config.token_columns, len(config.groups)
+    group, row, column = (t.flatten() for t in torch.meshgrid(*map(torch.arange, (groups, rows, columns)), indexing="ij"))
+    one_hot = ((row, rows), (column, columns), (group, groups))
     return 2 * torch.cat([F.one_hot(index, count) for index, count in one_hot], 1).float()
 
 

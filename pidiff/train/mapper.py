@@ -32,7 +32,7 @@ def cells_met(config: AdapterConfig, side: int) -> Tensor:
         met = torch.zeros(side, cells, dtype=torch.bool)
         met[place * side // fine, place * cells // fine] = True
         return met
-    rows, columns = along(config.token_rows), along(config.tokens_per_group // config.token_rows)
+    rows, columns = along(config.token_rows), along(config.token_columns)
     return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
@@ -64,7 +64,7 @@ class RenderingMapper(nn.Module):
 
     def __init__(self, config: AdapterConfig, channels: int, size: int):
         super().__init__()
-        self.rows, self.columns = config.token_rows, config.tokens_per_group // config.token_rows
+        self.rows, self.columns = config.token_rows, config.token_columns
         self.size = size
         if channels % 4 or size % self.rows or size % self.columns:
             raise ValueError(f"latents must have 4 n channels and a side that {self.rows} and {self.columns} divide, "
