@@ -43,6 +43,13 @@ def mini_text_encoder(tokenizer):
                                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **MINI_TEXT))
 
 
+def scale_factor(vae: nn.Module) -> int:
+    """Pixels along one side of a latent position."""
+    if isinstance(vae, PatchAutoencoder):
+        return vae.config.scale_factor
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 @dataclass
 class Model:
     """Everything that makes a picture, as torch modules in eval mode (float32)."""
@@ -58,9 +65,7 @@ class Model:
 
     @property
     def vae_scale_factor(self) -> int:
-        if isinstance(self.vae, PatchAutoencoder):
-            return self.vae.config.scale_factor
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return scale_factor(self.vae)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [-1, 1] -> scaled latents (posterior mean)."""

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ..checkpoint import CheckpointError, load_strict, read_tensors, save_weights
 from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
 from ..data.people import People, load_people
-from ..model import MINI_SCHEDULER, Model, load_encoder, load_model, load_vae
+from ..model import MINI_SCHEDULER, Model, load_encoder, load_model, load_vae, scale_factor
 from ..unet import set_processors
 from .adapter import AdapterLoss, AdapterOptions
 from .common import TrainConfig, Trainer, to_tensor
@@ -172,12 +172,15 @@ def train_mapper(args, people: People) -> None:
 def train_base(args, people: People) -> None:
     from .base import BaseLoss, build_base, save_base
     model, tokenizer = build_base(args.model, people.mean)
-    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model")):
-        _start_from(getattr(model, part), args.model / part / f"{file}.safetensors")
-    if mapped := (mapper := args.model / "mapper" / "model.safetensors").is_file():
+    parts = (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model"))
+    known = {part: _start_from(getattr(model, part), args.model / part / f"{file}.safetensors") for part, file in parts}
+    if (mapper := args.model / "mapper" / "model.safetensors").is_file():
         state = {k.removeprefix("mapper."): v for k, v in read_tensors(mapper).items() if k.startswith("mapper.")}
         load_strict(model.adapter.mapper, state, "mapper")
-        model.adapter.mapper.requires_grad_(False)
+    elif args.keep_mapper and not known["adapter"]:
+        raise ValueError(f"keep-mapper must be given with a mapper to keep, got neither mapper/ nor adapter/ in {args.model}")
+    mapped = mapper.is_file() or args.keep_mapper
+    model.adapter.mapper.requires_grad_(not mapped)
     model = model.to(args.config.device, memory_format=torch.channels_last)
     vae, codes = load_vae(args.model / "vae").to(args.config.device), encoder_codes(args, people)
 
@@ -214,9 +217,7 @@ def picture_size(args) -> int:
     unet = args.model / "unet" / "config.json"
     if args.stage != "adapter" or not unet.is_file():
         return SIZES[args.stage]
-    vae = json.loads((args.model / "vae" / "config.json").read_text())
-    scale = vae["patch_size"] * vae.get("pack_size", 1) if "patch_size" in vae else 2 ** (len(vae["block_out_channels"]) - 1)
-    return json.loads(unet.read_text())["sample_size"] * scale
+    return json.loads(unet.read_text())["sample_size"] * scale_factor(load_vae(args.model / "vae"))
 
 
 STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "mapper": train_mapper, "base": train_base, "adapter": train_adapter}
@@ -227,6 +228,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by pidiff-data")
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
+    parser.add_argument("--keep-mapper", action="store_true",
+                        help="base stage: go on with the mapper of MODEL/adapter as it is (a bundle's copy has no MODEL/mapper)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="adapter stage: less memory, a third slower")
     parser.add_argument("--people-limit", type=int, help="use only so many pictures (for trials)")
     for f in dataclasses.fields(TrainConfig):
@@ -239,6 +242,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(AdapterOptions) if getattr(args, f.name) is not None}
     if given and args.stage != "adapter":
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} must be given to the adapter stage, got it for {args.stage}")
+    if args.keep_mapper and args.stage != "base":
+        raise ValueError(f"keep-mapper must be given to the base stage, got it for {args.stage}")
     args.terms = AdapterOptions(**given)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
     args.config = dataclasses.replace(PRESETS[args.stage], **given)

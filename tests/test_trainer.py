@@ -1,0 +1,152 @@
+"""The trainer: exact resume, several processes, accumulated passes, averaging, and the Muon optimiser."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pidiff.train.common import TrainConfig, Trainer, average, to_images, to_tensor, training_timesteps
+
+
+def test_resume_is_exact(tmp_path):
+    def trainer(out, steps):
+        torch.manual_seed(0)
+        model, ema = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        ema.load_state_dict(model.state_dict())
+        config = TrainConfig(steps=steps, batch_size=1, save_every=100, precision="fp32", warmup_steps=0, decay=0)
+        t = Trainer(model, ema, config, out, lambda *_: None)
+        t.run(lambda rng: ((model(torch.randn(8, 4) + float(rng.normal())) ** 2).mean(), {}))
+        return t
+
+    whole = trainer(tmp_path / "a", 6)
+    trainer(tmp_path / "b", 3)
+    resumed = trainer(tmp_path / "b", 6)
+    assert resumed.step == 6
+    for a, b in zip(whole.ema.parameters(), resumed.ema.parameters()):
+        assert torch.equal(a, b)
+
+
+TWO_PROCESSES = """
+import sys, torch
+from pathlib import Path
+from pidiff.train.common import TrainConfig, Trainer
+model, ema, out = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1), Path(sys.argv[1])
+config = TrainConfig(steps=5, batch_size=1, save_every=100, precision="fp32")
+Trainer(model, ema, config, out, lambda *_: None).run(
+    lambda rng: ((model(torch.from_numpy(rng.normal(size=(8, 4))).float()) - 1).square().mean(), {}))
+assert not torch.distributed.is_initialized(), "an open group's threads can abort the process at its end"
+"""
+
+
+def test_two_processes_train_as_one_with_both_batches(tmp_path):
+    import subprocess
+    import sys
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    torch.manual_seed(0)
+    start = {"weight": torch.randn(1, 4), "bias": torch.zeros(1)}
+
+    def trainer(out):
+        model, ema = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        model.load_state_dict(start), ema.load_state_dict(start)
+        return Trainer(model, ema, TrainConfig(steps=5, batch_size=1, save_every=100, precision="fp32"), out, lambda *_: None)
+
+    trainer(tmp_path / "two").save()                       # both begin with the same weights
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                          str(tmp_path / "two.py"), str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    one = trainer(tmp_path / "one")
+
+    def both(rng):
+        batches = [rng.normal(size=(8, 4))]
+        other = np.random.default_rng((0, one.step, 1))
+        other.integers(2 ** 62)
+        batches.append(other.normal(size=(8, 4)))
+        return (one.model(torch.from_numpy(np.concatenate(batches)).float()) - 1).square().mean(), {}
+
+    one.run(both)
+    got = torch.load(tmp_path / "two" / "state.pt", weights_only=True)
+    assert got["step"] == 5
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(got["model"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulated_passes_are_one_larger_batch(tmp_path):
+    def run_one(out, **options):
+        torch.manual_seed(0)
+        model, ema, seen = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1), []
+        t = Trainer(model, ema, TrainConfig(steps=2, batch_size=1, precision="fp32", warmup_steps=0, **options), out, lambda *_: None)
+
+        def loss(rng):
+            batches = [torch.from_numpy(rng.normal(size=(8, 4))).float()]
+            if "accumulate" not in options:                 # the same two batches in one pass
+                other = np.random.default_rng((0, t.step, 1))
+                other.integers(2 ** 62)
+                batches.append(torch.from_numpy(other.normal(size=(8, 4))).float())
+            seen.append(len(batches))
+            return (model(torch.cat(batches)) - 1).square().mean(), {}
+
+        t.run(loss)
+        return seen, model.weight.detach()
+
+    passes, a = run_one(tmp_path / "a", accumulate=2)
+    whole, b = run_one(tmp_path / "b")
+    assert passes == [1] * 4 and whole == [2] * 2
+    torch.testing.assert_close(a, b)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    t = Trainer(model, torch.nn.Linear(1, 1), TrainConfig(steps=1, precision="fp32"), tmp_path, lambda *_: None)
+    with pytest.raises(RuntimeError, match="loss must be finite, got nan at step 0"):
+        t.run(lambda rng: (model.weight.sum() * float("nan"), {}))
+
+
+def test_average_and_helpers():
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    want = 0.75 * a.weight + 0.25 * b.weight
+    average(a, b, 0.75)
+    torch.testing.assert_close(a.weight, want)
+    image = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    assert (to_images(to_tensor(image)) == image).all()
+
+
+def test_training_timesteps_follow_the_log_normal():
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
+    t = training_timesteps(20000, alphas)
+    log_sigma = ((1 - alphas) / alphas).sqrt().log()[t]
+    assert 0 <= t.min() and t.max() <= 999
+    assert abs(log_sigma.mean() - 0.3) < 0.1 and abs(log_sigma.std() - 1.6) < 0.1
+    assert (training_timesteps(64, alphas).diff() >= 0).all(), "one from each part of the distribution"
+
+
+def test_muon_gives_every_singular_direction_the_same_weight():
+    from pidiff.train.muon import orthogonalize
+    g = torch.Generator().manual_seed(0)
+    for shape in ((40, 200), (200, 40), (64, 64)):
+        u, _, v = torch.linalg.svd(torch.randn(shape, generator=g), full_matrices=False)
+        got = orthogonalize(u @ torch.diag(torch.logspace(0, 1.3, len(v))) @ v).float()
+        weights = torch.linalg.svdvals(got)
+        assert 0.6 < weights.min() and weights.max() < 1.3
+        assert torch.diagonal(u.T @ got @ v.T).min() > 0.6, "the same directions, in the same sign"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_moves_kernels_as_it_moves_matrices(memory_format):
+    from pidiff.train.muon import Muon
+    g = torch.Generator().manual_seed(0)
+    weight, gradient = torch.randn(32, 24, 3, 3, generator=g), torch.randn(32, 24, 3, 3, generator=g)
+    kernel = torch.nn.Parameter(weight.clone().to(memory_format=memory_format))
+    matrix = torch.nn.Parameter(weight.reshape(32, -1).clone())
+    kernel.grad, matrix.grad = gradient.to(memory_format=memory_format), gradient.reshape(32, -1)
+    for p in (kernel, matrix):
+        Muon([p], lr=0.1).step()
+    torch.testing.assert_close(kernel.detach().reshape(32, -1), matrix.detach(), rtol=0, atol=2e-3)
+    assert (matrix.detach() - weight.reshape(32, -1)).abs().max() > 0.01
+
+
+def test_muon_takes_hidden_matrices_only():
+    from pidiff.train.muon import split_parameters
+    model = torch.nn.Sequential(torch.nn.Embedding(50, 32), torch.nn.Linear(32, 64), torch.nn.Conv2d(64, 3, 3), torch.nn.LayerNorm(64))
+    matrices, others = split_parameters(model)
+    assert [tuple(p.shape) for p in matrices] == [(64, 32)]
+    assert len(matrices) + len(others) == len(list(model.parameters()))
