@@ -61,14 +61,21 @@ class FaceReader:
 
     def remove_background(self, face):
         """Paint white what the matting graph calls background in an aligned face [E,E,3] uint8."""
-        planes = to_planes(face)
-        alpha = call(self._load("face_matting"), {"face": planes})["alpha"].astype(np.float32)[0, 0, :, :, None]
-        alpha = np.clip(alpha, 0, 1)
+        alpha = matte(self._load("face_matting"), face, len(face))[..., None]
         return (face * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
 
     def _pnet(self, image):
         rows, columns = (-(-(n - 2) // 2) - 4 for n in image.shape[2:])
         return call(self._load("face_pnet"), {"image": image}, rows=rows, columns=columns)
+
+
+def matte(graph, face, side):
+    """Return the person's alpha float32 [E,E] in [0,1] of an aligned face [E,E,3] uint8; `graph` reads `side` pixels."""
+    size = face.shape[1::-1]
+    if size != (side, side):
+        face = opencv().resize(face, (side, side), interpolation=opencv().INTER_AREA)
+    alpha = call(graph, {"face": to_planes(face)})["alpha"][0, 0].astype(np.float32)
+    return np.clip(alpha if size == (side, side) else opencv().resize(alpha, size), 0, 1)
 
 
 def to_planes(image):

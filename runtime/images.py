@@ -33,7 +33,11 @@ def read_image(photo):
             raise FaceError(f"photo must be a uint8 array [H, W, 3], got {photo.dtype} {list(photo.shape)}")
         check_size("photo", photo.shape[1], photo.shape[0])
         return photo
-    name, data = str(photo), _read(photo)
+    return decode_image(str(photo), _read(photo))
+
+
+def decode_image(name, data):
+    """The same for the bytes of a file; `name` is for messages."""
     width, height, alpha = parse_header(name, data)
     check_size(name, width, height)
     return _decode(name, data, alpha)

@@ -108,7 +108,7 @@ def test_missing_pictures_are_named(people_folder, tmp_path):
         shutil.copy(people_folder / name, tmp_path)
     with pytest.raises(ValueError, match="must hold every picture of its manifest"):
         load_people(tmp_path, 32)
-    with pytest.raises(ValueError, match="data must be a folder with manifest.csv"):
+    with pytest.raises(ValueError, match="data must be a folder with manifest.csv or photos.json"):
         load_people(tmp_path / "nowhere", 32)
 
 

@@ -68,7 +68,7 @@ def under(module: str, *packages: str) -> bool:
 
 
 def owner(module: str) -> str:
-    if under(module, "pidiff.train.personalize"):           # reads photos and bundles, as the evaluation does
+    if under(module, "pidiff.train.personalize", "pidiff.data.prepare"):        # read photos and bundles, as the evaluation does
         return "pidiff.evaluate"
     return next((p for p in ("pidiff.export", "pidiff.runtime", "pidiff.evaluate") if under(module, p)), "pidiff")
 

@@ -9,10 +9,17 @@ Make training data for `pidiff-train`.
 
   pidiff-data synth --out DATA --people 2000      synthetic people (needs: pip install --no-deps random-face, and openvino)
   pidiff-data draft --out MORE --like DATA --people 47000      many more people, one picture each, six times faster
+  pidiff-data photos PHOTOS --out DATA --size 512 real photos: a folder (sub-folder = person) and WebDataset shards in it
   pidiff-data preview --data DATA --out SHEET.png composed training pictures with their captions
 
-DATA then holds faces-*.tar (pictures and masks), manifest.csv and latents.npz; a picture takes about half a second on
-two CPU cores. A stopped run goes on when repeated. People whose number ends in 9 are for tests, in 8 for validation."""
+Of synthetic people DATA then holds faces-*.tar (pictures and masks), manifest.csv and latents.npz; a picture takes about half
+a second on two CPU cores. A stopped run goes on when repeated. People whose number ends in 9 are for tests, in 8 for
+validation.
+
+PHOTOS may hold NAME.txt (a caption) and NAME.mask.png (white = person) beside NAME.jpg; *.tar are WebDataset shards of such files.
+The largest face of each photo is found and cut out for the W+ encoder; photos without a face, or too small, are left out and
+counted. Pictures are squares around the face, or with --aligned the face as FFHQ cuts it (what `mini` draws; those without a
+caption get new backgrounds and styles, and captions that name them)."""
 
 
 def synth(args) -> None:
@@ -29,6 +36,14 @@ def synth(args) -> None:
 def draft(args) -> None:
     from .draft import draft as draw_people
     draw_people(args.out, args.like, args.people, args.seed)
+
+
+def photos(args) -> None:
+    from .prepare import prepare
+    total, left_out = prepare(args.out, args.photos, args.size, args.aligned, args.bundle)
+    print(f"{total} pictures in {args.out}, {left_out.total()} left out")
+    for reason in list(left_out)[:10]:
+        print(f"  {reason}")
 
 
 def preview(args) -> None:
@@ -59,6 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     fast.add_argument("--like", type=Path, required=True, help="folder written by `pidiff-data synth`")
     fast.add_argument("--people", type=int, default=47000)
     fast.add_argument("--seed", type=int, default=0)
+    real = commands.add_parser("photos", help="prepare photos of real people")
+    real.add_argument("photos", type=Path, help="folder of photos and tar shards")
+    real.add_argument("--out", type=Path, required=True)
+    real.add_argument("--size", type=int, default=512, help="pixels")
+    real.add_argument("--aligned", action="store_true", help="pictures are the faces, cut as FFHQ cuts them")
+    real.add_argument("--bundle", type=Path, help="whose face detector and matting to use (default: mini)")
     two = commands.add_parser("preview", help="contact sheet of training pictures")
     two.add_argument("--data", type=Path, required=True)
     two.add_argument("--out", type=Path, required=True)
@@ -69,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("people", "variants", "size"):
             if getattr(args, name, 1) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-        {"synth": synth, "draft": draft, "preview": preview}[args.command](args)
+        {"synth": synth, "draft": draft, "photos": photos, "preview": preview}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"pidiff-data: {error}", file=sys.stderr)
         return 1

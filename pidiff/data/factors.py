@@ -24,16 +24,20 @@ NOUNS = ("person", "face", "head")
 
 @dataclass(frozen=True)
 class Factors:
-    """What is true of one picture; None = not known or not visible."""
+    """What is true of one picture; None = not known or not visible. `text` is a whole caption that came with it."""
 
     style: str = "photo"
     background: str | None = None      # a key of COLOURS or a member of SCENES
     expression: str | None = None
     pose: str | None = None
+    text: str | None = None
 
 
 def caption(factors: Factors, rng: np.random.Generator | None = None) -> str:
     """Prompt that states the factors. With `rng`, parts are dropped and reordered as users would."""
+    if factors.text is not None:
+        return factors.text
+
     def keep(value, probability):
         return value is not None and (rng is None or rng.random() < probability)
 

@@ -9,7 +9,7 @@ Split by person: identity % 10 == 9 is test, == 8 is validation.
 
 import csv
 import tarfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -25,15 +25,21 @@ SPLITS = {"train": range(8), "validation": (8,), "test": (9,)}
 
 @dataclass(frozen=True)
 class People:
-    """Pictures of known people: images uint8 [N, S, S, 3] RGB, masks uint8 [N, S, S], w [N, 512], identity [N]."""
+    """Pictures of known people: images uint8 [N, S, S, 3] RGB, masks uint8 [N, S, S], w [N, 512], identity [N].
+
+    Photos of real people have no exact codes (w, mean, directions: None, None, {}), but captions (or None) and faces
+    [N, 256, 256, 3] as the encoder reads them.
+    """
 
     images: np.ndarray
     masks: np.ndarray
-    w: np.ndarray
     identity: np.ndarray
     files: list[str]
-    mean: np.ndarray
-    directions: dict[str, np.ndarray]
+    w: np.ndarray | None = None
+    mean: np.ndarray | None = None
+    directions: dict[str, np.ndarray] = field(default_factory=dict)
+    captions: list[str | None] | None = None
+    faces: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,7 +51,9 @@ class People:
         return dict(zip(names.tolist(), np.split(order, starts[1:])))
 
     def factors(self, index: int) -> Factors:
-        """Expression and pose of a picture, read off its exact code."""
+        """Expression and pose of a picture, read off its exact code; nothing without one."""
+        if self.w is None:
+            return Factors(text=self.captions[index])
         smile, pose = ((self.w[index] - self.mean) @ self.directions[d] for d in ("smile", "pose"))
         expression = "smiling" if smile > SMILING else "serious" if smile < SERIOUS else None
         direction = "straight ahead" if abs(pose) < STRAIGHT else None
@@ -57,6 +65,12 @@ class People:
 def load_people(folders: Path | list[Path], size: int, split: str | None = "train", limit: int | None = None) -> People:
     """Read one split at `size` pixels, of one folder or of several with different people and the same generator;
     `limit` keeps the first so many pictures of each."""
+    photos = [(f / "photos.json").is_file() for f in map(Path, folders if isinstance(folders, list) else [folders])]
+    if any(photos):
+        if not all(photos):
+            raise ValueError("data must be synthetic people or photos, got folders of both kinds")
+        from .photos import load_photos
+        return People(**load_photos([Path(f) for f in np.atleast_1d(folders)], size, split and SPLITS[split], limit))
     if not isinstance(folders, list):
         return _load_folder(Path(folders), size, split, limit)
     parts, first = [], 0
@@ -72,7 +86,7 @@ def load_people(folders: Path | list[Path], size: int, split: str | None = "trai
 
 def _load_folder(folder: Path, size: int, split: str | None, limit: int | None) -> People:
     if not (folder / "manifest.csv").is_file():
-        raise ValueError(f"data must be a folder with manifest.csv, got {folder}")
+        raise ValueError(f"data must be a folder with manifest.csv or photos.json (see pidiff-data), got {folder}")
     rows = list(csv.DictReader((folder / "manifest.csv").open()))
     if split is not None:
         rows = [r for r in rows if int(r["identity"]) % 10 in SPLITS[split]]
@@ -84,7 +98,7 @@ def _load_folder(folder: Path, size: int, split: str | None, limit: int | None) 
     images = np.zeros((len(rows), size, size, 3), np.uint8)
     masks = np.zeros((len(rows), size, size), np.uint8)
     _read_tars(folder, {r["file"]: i for i, r in enumerate(rows)}, images, masks)
-    return People(images, masks, w, np.array([int(r["identity"]) for r in rows]), [r["file"] for r in rows], mean, directions)
+    return People(images, masks, np.array([int(r["identity"]) for r in rows]), [r["file"] for r in rows], w, mean, directions)
 
 
 def _code(row: dict, w: np.ndarray, mean: np.ndarray, directions: dict) -> np.ndarray:
@@ -116,12 +130,15 @@ STYLE_WEIGHTS = (0.68, 0.08, 0.08, 0.08, 0.08)
 
 
 def compose(people: People, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Factors]:
-    """A training picture with known factors: image uint8 [S, S, 3], mask float32 [S, S], factors.
+    """A training picture with known factors: image uint8 [S, S, 3], mask float32 [S, S], factors. One that has a caption is
+    left as it is.
 
     One in eight keeps its own, unnamed background; sketches stand on white, since colour is not visible in them.
     """
     image, mask = people.images[index], people.masks[index].astype(np.float32) / 255
     known = people.factors(index)
+    if known.text is not None:
+        return image, mask, known
     style = str(rng.choice(STYLES, p=STYLE_WEIGHTS))
     background = None
     if style == "pencil sketch":

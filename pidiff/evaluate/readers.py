@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 
 from pidiff.runtime import Pipeline
-from pidiff.runtime.engines import call
-from pidiff.runtime.faces import FaceReader, to_planes
+from pidiff.runtime.faces import FaceReader, matte
 
 from ..data.factors import COLOUR_STYLES, COLOURS, EXPRESSIONS, STYLES, apply_style, nearest_colour
 from ..data.people import People
@@ -57,9 +56,7 @@ class FaceTools:
 
     def mask(self, image: np.ndarray) -> np.ndarray:
         """Soft mask [H, W] of the person in a portrait, by the matting network."""
-        face = cv2.resize(image, (self.reader.size,) * 2, interpolation=cv2.INTER_AREA)
-        alpha = call(self.reader._load("face_matting"), {"face": to_planes(face)})["alpha"][0, 0].astype(np.float32)
-        return np.clip(cv2.resize(alpha, image.shape[1::-1]), 0, 1)
+        return matte(self.reader._load("face_matting"), image, self.reader.size)
 
 
 def _working(image: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train encoder --data DATA --model MODEL      photo -> W+ (uses mapper)     -> MODEL/w_plus_encoder
   pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder and mapper)
   pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
+  pidiff-train decoder --data DATA --model MODEL      VAE's decoder, on what the sampler makes: no seams; last
   pidiff-export MODEL BUNDLE                          deployable bundle
   pidiff-train personalize PHOTO... --out ME          tune one person's code on 1 to 10 photos -> an identity file
 
@@ -47,11 +48,13 @@ PRESETS = {
     "matting": TrainConfig(steps=3000, batch_size=16, learning_rate=2e-3, decay=0.6, ema_decay=0.99),
     "mapper": TrainConfig(steps=8000, batch_size=256, learning_rate=2e-3, decay=0.5, ema_decay=0.99),
     "base": TrainConfig(steps=60000, batch_size=16, decay=0.3, ema_decay=0.998),
+    "decoder": TrainConfig(steps=2000, batch_size=16, matrix_learning_rate=0.002, learning_rate=2e-4, decay=0.6, ema_decay=0.99),
     "adapter": TrainConfig(steps=5000, batch_size=16, matrix_learning_rate=0.005, learning_rate=2e-4, decay=0.5, ema_decay=0.998),
 }
 
 PRINCIPAL_DIRECTIONS = 6
-SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "mapper": 128, "base": 128, "adapter": 128}
+NEED_EXACT_CODES = ("encoder", "mapper")
+SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "mapper": 128, "base": 128, "adapter": 128, "decoder": 128}
 
 
 def _trainer(args, model, export, sample=None) -> Trainer:
@@ -140,9 +143,13 @@ def encoder_codes(args, people: People):
     """The trained encoder's codes and held-out errors, or None before the encoder stage."""
     from .base import EncoderCodes, encoder_bank
     if not (args.model / "w_plus_encoder" / "config.json").is_file():
+        if people.w is None:
+            raise ValueError(f"model must have w_plus_encoder/ to train on photos, got none in {args.model}")
         print("no w_plus_encoder/ in the model yet: training on exact codes only")
         return None
     encoder = load_encoder(args.model / "w_plus_encoder")
+    if people.w is None:
+        return EncoderCodes(encoder_bank(encoder, people), np.zeros((1, encoder.config.num_styles, 512), np.float32))
     unseen = load_people(args.data, max(128, encoder.config.input_size), "validation", args.people_limit)
     return EncoderCodes(encoder_bank(encoder, people), encoder_bank(encoder, unseen) - unseen.w[:, None])
 
@@ -171,7 +178,8 @@ def train_mapper(args, people: People) -> None:
 
 def train_base(args, people: People) -> None:
     from .base import BaseLoss, build_base, save_base
-    model, tokenizer = build_base(args.model, people.mean)
+    codes = encoder_codes(args, people)
+    model, tokenizer = build_base(args.model, people.mean if people.w is not None else codes.people.mean((0, 1)))
     parts = (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model"))
     known = {part: _start_from(getattr(model, part), args.model / part / f"{file}.safetensors") for part, file in parts}
     if (mapper := args.model / "mapper" / "model.safetensors").is_file():
@@ -182,7 +190,7 @@ def train_base(args, people: People) -> None:
     mapped = mapper.is_file() or args.keep_mapper
     model.adapter.mapper.requires_grad_(not mapped)
     model = model.to(args.config.device, memory_format=torch.channels_last)
-    vae, codes = load_vae(args.model / "vae").to(args.config.device), encoder_codes(args, people)
+    vae = load_vae(args.model / "vae").to(args.config.device)
 
     def whole(part) -> Model:
         return Model(part.unet, part.text_encoder, vae, tokenizer, MINI_SCHEDULER, None, part.adapter, {})
@@ -212,6 +220,28 @@ def train_adapter(args, people: People) -> None:
     trainer.run(AdapterLoss(whole, people, args.config.batch_size, codes, terms=args.terms))
 
 
+def train_decoder(args, people: People) -> None:
+    from .base import encoder_bank
+    from .decoder import DecoderLoss, DecoderOptions, finishing_error, sample_pairs
+    whole, device = load_model(args.model), args.config.device
+    for module in (whole.unet, whole.text_encoder, whole.adapter, whole.vae, whole.w_plus_encoder):
+        module.to(device).requires_grad_(False)
+    vae, options = whole.vae, DecoderOptions()
+    if args.people_limit:
+        options = dataclasses.replace(options, pictures=args.people_limit)
+    codes = known_codes(encoder_codes(args, people), people)
+    pairs = sample_pairs(whole, people, codes, options, args.config.seed)
+    unseen = load_people(args.data, SIZES["decoder"], "validation", 200)
+    held_out = sample_pairs(whole, unseen, encoder_bank(whole.w_plus_encoder, unseen), dataclasses.replace(options, pictures=200), 1)
+    print(f"held-out error before: {finishing_error(vae, held_out):.2f} of 255")
+    for part in (vae.patch_out, vae.decoder):
+        part.requires_grad_(True)
+    trainer = _trainer(args, vae.to(memory_format=torch.channels_last),
+                       lambda ema, _: save_weights(ema, args.model / "vae" / "diffusion_pytorch_model.safetensors", torch.float16))
+    trainer.run(DecoderLoss(vae, whole.w_plus_encoder, pairs, args.config.batch_size, device, options))
+    print(f"held-out error after: {finishing_error(trainer.ema, held_out):.2f} of 255")
+
+
 def picture_size(args) -> int:
     """Pixels of the pictures that a stage trains on; the adapter stage takes the base model's."""
     unet = args.model / "unet" / "config.json"
@@ -220,13 +250,14 @@ def picture_size(args) -> int:
     return json.loads(unet.read_text())["sample_size"] * scale_factor(load_vae(args.model / "vae"))
 
 
-STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "mapper": train_mapper, "base": train_base, "adapter": train_adapter}
+STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "mapper": train_mapper, "base": train_base, "adapter": train_adapter,
+          "decoder": train_decoder}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("pidiff-train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by pidiff-data")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by pidiff-data: synthetic people, or photos")
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
     parser.add_argument("--keep-mapper", action="store_true",
                         help="base stage: go on with the mapper of MODEL/adapter as it is (a bundle's copy has no MODEL/mapper)")
@@ -262,6 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         people = load_people(args.data, picture_size(args), "train", args.people_limit)
         if len(people) == 0:
             raise ValueError(f"data must hold at least one picture of the training split, got none in {', '.join(map(str, args.data))}")
+        if people.w is None and args.stage in NEED_EXACT_CODES:
+            raise ValueError(f"data must have exact codes for the {args.stage} stage (pidiff-data synth), got photos")
         args.model.mkdir(parents=True, exist_ok=True)
         STAGES[args.stage](args, people)
     except (ValueError, CheckpointError, RuntimeError, OSError) as error:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ..checkpoint import save_weights
 from ..config import ADAPTER_MINI, save_config
@@ -52,7 +53,8 @@ MOVES = {"pose": 2.0, "smile": 1.2}                          # standard deviatio
 @dataclass(frozen=True, eq=False)
 class EncoderCodes:
     """people [N, L, 512]: the encoder's codes of the training pictures. errors [M, L, 512]: encoder minus exact code on
-    people it was not trained on, so that the identity branch meets the errors that it will meet in use."""
+    people it was not trained on, so that the identity branch meets the errors that it will meet in use (photos have
+    them already: zeros)."""
 
     people: np.ndarray
     errors: np.ndarray
@@ -157,7 +159,7 @@ class BaseLoss:
 
     def code(self, reference: int, rng: np.random.Generator) -> np.ndarray:
         """Code [L, 512] of a reference picture: exact with some noise, or the encoder's with the encoder's errors."""
-        if self.encoder_codes is not None and rng.random() < self.options.encoded:
+        if self.people.w is None or self.encoder_codes is not None and rng.random() < self.options.encoded:
             known = self.encoder_codes
             return known.people[reference] + rng.random() * known.errors[rng.integers(len(known.errors))]
         exact = self.people.w[reference] + rng.normal(0, self.options.code_noise * rng.random(), 512)
@@ -167,7 +169,7 @@ class BaseLoss:
         """Random move [512] along the directions of what a caption names."""
         step = np.zeros(512)
         for name, words in NAMED_BY.items():
-            if any(word in text for word in words) and rng.random() < self.options.moved:
+            if name in self.people.directions and any(word in text for word in words) and rng.random() < self.options.moved:
                 step += rng.normal(0, MOVES[name]) * self.people.directions[name]
         return step
 
@@ -244,6 +246,12 @@ def training_alphas(scheduler: dict) -> Tensor:
 def encoder_bank(encoder: nn.Module, people: People) -> np.ndarray:
     """Codes [N, L, 512] of every picture, background painted white as in `enroll`."""
     size = encoder.config.input_size
-    white = [cv2.resize(composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)), (size, size), interpolation=cv2.INTER_AREA)
-             for i, m in zip(people.images, people.masks)]
-    return torch.cat([encoder(to_tensor(np.stack(white[i:i + 50]))) for i in range(0, len(white), 50)]).numpy()
+    parts = []
+    for start in tqdm(range(0, len(people), 50), desc="codes", disable=None):
+        rows = range(start, min(start + 50, len(people)))
+        faces = [people.images[i] if people.faces is None else people.faces[i] for i in rows]
+        if people.faces is None:
+            faces = [composite(f, people.masks[i].astype(np.float32) / 255, np.full_like(f, 255)) for i, f in zip(rows, faces)]
+        white = np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA) for f in faces])
+        parts.append(encoder(to_tensor(white)))
+    return torch.cat(parts).numpy()

@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pidiff.runtime import Pipeline
-from pidiff.runtime.engines import call
-from pidiff.runtime.faces import FaceReader, to_planes
+from pidiff.runtime.faces import FaceReader, matte
 from pidiff.runtime.identity import Identity
 from pidiff.runtime.images import read_image
 
@@ -70,9 +68,7 @@ class Photos:
         people = [pipeline.enroll(i, select="largest") for i in images]
         faces = np.stack([reader.read(i, "largest") for i in images])
         small = pipeline.bundle.manifest.model.face_size
-        masks = [call(pipeline._graph("face_matting"), {"face": to_planes(cv2.resize(f, (small, small), interpolation=cv2.INTER_AREA))})
-                 ["alpha"][0, 0].astype(np.float32) for f in faces]
-        masks = np.stack([np.clip(cv2.resize(m, (size, size)), 0, 1) for m in masks])
+        masks = np.stack([matte(pipeline._graph("face_matting"), f, small) for f in faces])
         return cls(faces, masks, np.stack([p.w_plus for p in people]), people[0])
 
 
