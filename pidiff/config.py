@@ -70,6 +70,7 @@ class AdapterConfig:
     mapper_width: int = 0
     mapper_depth: int = 0
     token_rows: int = 0
+    null_key: bool = True                      # of `parallel`; without it there is no identity map
 
     def __post_init__(self):
         if self.mode not in ("parallel", "residual"):
@@ -95,7 +96,20 @@ class AdapterConfig:
 
     @property
     def has_null(self) -> bool:
-        return self.mode == "parallel"
+        return self.mode == "parallel" and self.null_key
+
+
+def new_adapter_config(kind: str, num_styles: int, token_dim: int) -> AdapterConfig:
+    """Configuration of an adapter for a base model with text width `token_dim` and an encoder of `num_styles` levels.
+
+    parallel: ours, one token per level group and a null key. residual: W+ Adapter's form. single: IP-Adapter's form
+    (arXiv 2308.06721), four tokens without a null key.
+    """
+    first = (4, 4, 4) if num_styles > 12 else (num_styles // 3, num_styles // 3, num_styles // 6)
+    kinds = {"parallel": {}, "residual": {"mode": "residual"}, "single": {"null_key": False}}
+    if kind not in kinds:
+        raise ValueError(f"adapter must be one of {', '.join(kinds)}, got {kind!r}")
+    return AdapterConfig(groups=(*first, num_styles - sum(first)), token_dim=token_dim, **kinds[kind])
 
 
 # One token per level group and latent pixel.

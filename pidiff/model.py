@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from .checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, read_tensors, save_weights
-from .config import AdapterConfig, WPlusEncoderConfig, from_dict, save_config
+from .config import AdapterConfig, WPlusEncoderConfig, from_dict, new_adapter_config, save_config
 from .identity import IdentityAdapter
 from .unet import attach
 from .w_plus_encoder import WPlusEncoder
@@ -127,11 +127,12 @@ def _load_text(folder: Path):
             CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
 
-def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Path | None = None) -> Model:
+def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Path | None = None,
+               new_adapter: str | None = None) -> Model:
     """A model folder: diffusers' layout plus `w_plus_encoder/`, `adapter/` and `directions.safetensors`.
 
-    `adapter_file` and `encoder_file` take published W+ Adapter and e4e files in place of these folders. An exported
-    bundle is such a folder too, so it loads the same way.
+    `adapter_file` and `encoder_file` take published W+ Adapter and e4e files in place of these folders, `new_adapter` a
+    kind of `new_adapter_config` for an untrained one. An exported bundle is such a folder too, so it loads the same way.
     """
     from diffusers import UNet2DConditionModel
 
@@ -140,16 +141,15 @@ def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Pat
         raise CheckpointError(f"model must be a folder with unet/, vae/, text_encoder/ and tokenizer/, got {folder}")
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).eval()
     text_encoder, tokenizer = _load_text(folder)
-    if adapter_file is not None:
+    encoder = load_encoder(folder / "w_plus_encoder") if encoder_file is None else load_e4e(encoder_file)
+    if new_adapter is not None:
+        adapter = attach(unet, new_adapter_config(new_adapter, encoder.config.num_styles, unet.config.cross_attention_dim))
+    elif adapter_file is not None:
         config = AdapterConfig(mode="residual", token_dim=unet.config.cross_attention_dim)
         adapter = load_wplus_adapter(adapter_file, attach(unet, config))
     else:
         adapter = attach(unet, from_dict(AdapterConfig, _folder_config(folder / "adapter")))
         _load_part(folder / "adapter", adapter)
-    if encoder_file is not None:
-        encoder = load_e4e(encoder_file)
-    else:
-        encoder = load_encoder(folder / "w_plus_encoder")
     directions_file = folder / "directions.safetensors"
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     return Model(unet, text_encoder, load_vae(folder / "vae"), tokenizer, scheduler, encoder, adapter.eval(),

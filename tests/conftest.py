@@ -33,3 +33,12 @@ def people(people_folder):
     from pidiff.data.people import load_people
 
     return load_people(people_folder, 64)
+
+
+@pytest.fixture(scope="session")
+def trained(people_folder, tmp_path_factory: pytest.TempPathFactory):
+    """A model folder after two steps of every stage. Copy it before training it further."""
+    pytest.importorskip("torch")
+    from trained_folder import train_all
+
+    return train_all(people_folder, tmp_path_factory.mktemp("model"))

@@ -158,7 +158,7 @@ def step_case(mode, sizes, dtype=torch.float32):
         return unet, adapter, unet_cases(unet, adapter, sizes, dtype)["unet"]
 
 
-@pytest.mark.parametrize("mode", ["parallel", "residual"])
+@pytest.mark.parametrize("mode", ["parallel", "residual", "single"])
 @pytest.mark.parametrize("size", [(8, 8), (4, 10)])
 def test_folded_equals_unfolded_and_the_unet_is_put_back(mode, size):
     sizes = type("Fixed", (Sizes,), {"latent_size": size})()
@@ -183,7 +183,7 @@ def test_folded_equals_unfolded_and_the_unet_is_put_back(mode, size):
 
 FORMS = [("standard", 18, False, "parallel")]
 SLOW_FORMS = [("fused", 23, True, "residual"), ("standard", 18, True, "residual"), ("standard", 23, True, "parallel"), ("fused", 23, False, "parallel"),
-              ("fused", 18, True, "residual")]
+              ("fused", 18, True, "residual"), ("fused", 18, False, "single")]
 
 
 @pytest.mark.parametrize("attention, opset, fp16, mode", [*FORMS, *(pytest.param(*f, marks=pytest.mark.slow) for f in SLOW_FORMS)])

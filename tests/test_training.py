@@ -10,19 +10,7 @@ torch = pytest.importorskip("torch")
 from pidiff.autoencoder import MINI_VAE, PatchAutoencoder
 from pidiff.train.__main__ import main
 from pidiff.train.base import localisation_loss
-
-
-def run(stage, data, model, *more):
-    return main([stage, "--data", str(data), "--model", str(model), "--steps", "2", "--batch-size", "4", "--save-every", "1", *more])
-
-
-@pytest.fixture(scope="module")
-def trained(people_folder, tmp_path_factory):
-    """A model folder after two steps of every stage."""
-    model = tmp_path_factory.mktemp("model")
-    for stage in ("vae", "encoder", "matting", "mapper", "base"):
-        assert run(stage, people_folder, model) == 0, stage
-    return model
+from trained_folder import run
 
 
 def test_base_keeps_what_the_mapper_stage_learned(trained):
@@ -185,70 +173,6 @@ def test_missing_data_gives_one_sentence(tmp_path, capsys):
 def test_logs_hold_losses(trained):
     state = torch.load(trained / ".state" / "base" / "state.pt", weights_only=True)
     assert state["step"] == 2 and state["seconds"] > 0
-
-
-@pytest.fixture(scope="module")
-def adapter_loss(trained, people_folder):
-    """AdapterLoss of the trained tiny run, by the terms that are on."""
-    from pidiff.data.people import load_people
-    from pidiff.model import load_model
-    from pidiff.train.adapter import AdapterLoss, AdapterOptions
-    whole, people = load_model(trained), load_people(people_folder, 128)
-    return lambda **terms: AdapterLoss(whole, people, 2, terms=AdapterOptions(**terms))
-
-
-def test_adapter_terms_can_be_switched_off(adapter_loss):
-    def parts(**terms):
-        torch.manual_seed(0)
-        return adapter_loss(**terms)(np.random.default_rng(3))[1]
-    every = parts()
-    assert set(every) == {"rec", "bg", "dis", "loc"} and all(v > 0 for v in every.values())
-    for name in ("bg", "dis", "loc"):
-        rest = parts(**{name: 0.0})
-        assert set(rest) == set(every) - {name}
-        torch.testing.assert_close(rest["rec"], every["rec"])
-    torch.testing.assert_close(parts(bg=2.0)["bg"], 2 * every["bg"])
-
-
-def test_background_term_counts_only_what_the_identity_changes_outside(adapter_loss):
-    loss = adapter_loss(dis=0.0, loc=0.0)
-    draw = loss.draw
-
-    def everything_is_face(rng):
-        task = draw(rng)
-        return dataclasses.replace(task, masks=torch.ones_like(task.masks))
-
-    loss.draw = everything_is_face
-    assert loss(np.random.default_rng(0))[1]["bg"] == 0
-
-
-def test_negative_codes_are_other_people_or_edits(adapter_loss):
-    loss = adapter_loss(edited=0.0)
-    codes = torch.randn(4, 12, 512)
-    assert torch.equal(loss.negatives(codes, np.random.default_rng(0)), codes.roll(1, 0))
-    edited = adapter_loss(edited=1.0, edit_strength=1.5).negatives(codes, np.random.default_rng(0)) - codes
-    for move in edited:
-        assert any(torch.allclose(move, sign * 1.5 * d, atol=1e-5) for d in loss.directions for sign in (-1, 1))
-
-
-def test_gradient_checkpointing_does_not_change_the_gradient(adapter_loss):
-    def gradients():
-        torch.manual_seed(0)
-        loss = adapter_loss()
-        loss.model.adapter.zero_grad()
-        loss(np.random.default_rng(0))[0].backward()
-        return loss, [p.grad.clone() for p in loss.model.adapter.parameters() if p.grad is not None]
-
-    loss, plain = gradients()
-    loss.model.unet.enable_gradient_checkpointing()
-    loss.model.unet.train()
-    try:
-        for a, b in zip(plain, gradients()[1], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-    finally:
-        loss.model.unet.disable_gradient_checkpointing()
-        loss.model.unet.eval()
-    assert max(g.abs().max() for g in plain) > 0
 
 
 def test_directions_are_the_datas_and_the_encoders_own(trained, people):

@@ -36,8 +36,8 @@ def make_unet():
 
 
 def make_adapter(unet, mode: str):
-    """Attached to `unet`; its null keys are no zeros."""
-    config = AdapterConfig(mode=mode, groups=(2, 2, 1, 1), token_dim=WIDTH, tokens_per_group=2 if mode == "parallel" else 1,
+    """Attached to `unet`; its null keys are no zeros. `single` is `parallel` without them."""
+    config = AdapterConfig(mode="residual" if mode == "residual" else "parallel", null_key=mode != "single", groups=(2, 2, 1, 1), token_dim=WIDTH, tokens_per_group=2 if mode == "parallel" else 1,
                            center=mode == "parallel")
     return _noisy(attach(unet, config))
 

@@ -200,9 +200,20 @@ def train_base(args, people: People) -> None:
     trainer.run(BaseLoss(whole(model), people, args.config.batch_size, codes, aligned=mapped))
 
 
+def _new_adapter(args) -> str | None:
+    """The kind of adapter to begin with, or None to go on with the folder's."""
+    begun = (args.model / ".state" / "adapter" / "state.pt").is_file()
+    if args.new_adapter and not begun and (args.model / "adapter").is_dir():
+        raise ValueError(f"new-adapter must be given for a model without adapter/, got one in {args.model}")
+    return args.new_adapter
+
+
 def train_adapter(args, people: People) -> None:
-    whole, device = load_model(args.model), args.config.device
-    for module in (whole.unet, whole.text_encoder, whole.vae):
+    whole, device = load_model(args.model, encoder_file=args.encoder, new_adapter=_new_adapter(args)), args.config.device
+    if args.encoder is not None:
+        save_weights(whole.w_plus_encoder, args.model / "w_plus_encoder" / "model.safetensors", torch.float16)
+        save_config(whole.w_plus_encoder.config, args.model / "w_plus_encoder" / "config.json")
+    for module in (whole.unet, whole.text_encoder, whole.vae, whole.w_plus_encoder):
         module.to(device, memory_format=torch.channels_last).requires_grad_(False)
     if args.gradient_checkpointing:
         whole.unet.enable_gradient_checkpointing()
@@ -216,7 +227,11 @@ def train_adapter(args, people: People) -> None:
         finally:
             set_processors(whole.unet, whole.adapter)
 
-    trainer = _trainer(args, whole.adapter.to(device), lambda ema, _: save_weights(ema, file, torch.float16), sample)
+    def export(ema, _):
+        save_weights(ema, file, torch.float16)
+        save_config(ema.config, file.parent / "config.json")
+
+    trainer = _trainer(args, whole.adapter.to(device), export, sample)
     trainer.run(AdapterLoss(whole, people, args.config.batch_size, codes, terms=args.terms))
 
 
@@ -261,6 +276,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
     parser.add_argument("--keep-mapper", action="store_true",
                         help="base stage: go on with the mapper of MODEL/adapter as it is (a bundle's copy has no MODEL/mapper)")
+    parser.add_argument("--new-adapter", choices=("parallel", "residual", "single"),
+                        help="adapter stage: begin with an untrained adapter: ours, W+ Adapter's form, IP-Adapter's form")
+    parser.add_argument("--encoder", type=Path, help="adapter stage: published e4e file, kept as MODEL/w_plus_encoder")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="adapter stage: less memory, a third slower")
     parser.add_argument("--people-limit", type=int, help="use only so many pictures (for trials)")
     for f in dataclasses.fields(TrainConfig):

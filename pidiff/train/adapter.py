@@ -4,10 +4,12 @@
     L_bg  = mean( (1 - M) |v_hat(c, w) - sg v_hat(c, identity off)|^2 )      the background is the base model's
     L_dis = mean( (1 - M) |v_hat(c, w) - sg v_hat(c, w')|^2 )                and does not depend on who it is
     L_loc = identity attention is on inside the face and off outside
-    L     = L_rec + bg L_bg + dis L_dis + loc L_loc
+    L_id  = 1 - cos(F(x0_hat) - F_mean, w - F_mean)                          of a nearly clean step's picture, F the W+ encoder
+    L     = L_rec + bg L_bg + dis L_dis + loc L_loc + id L_id + preserve L_preserve
 
 M is the person's mask at latent size, w' another person's code or an edited one, sg stops the gradient. PIDiff
-(arXiv 2505.05081) names these aims; the formulas are ours.
+(arXiv 2505.05081) names these aims; the formulas are ours. L_preserve = mean |v_hat(c, w) - sg v_hat(c, identity off)|^2 over
+the whole picture is W+ Adapter's own term (arXiv 2311.17461), for comparisons; L_id is for aligned faces.
 """
 
 from contextlib import ExitStack
@@ -16,8 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .base import BaseLoss, localisation_loss
+from .base import BaseLoss, Task, localisation_loss
+
+ID_PICTURES = 4          # of a batch that L_id decodes
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,13 @@ class AdapterOptions:
     bg: float = 1.0
     dis: float = 0.6
     loc: float = 0.05
+    id: float = 0.0
+    preserve: float = 0.0
     edited: float = 0.5                 # share of w' that are edits of w; the others are other people's codes
     edit_strength: float = 2.0          # of an edit, in standard deviations
 
     def __post_init__(self):
-        for name in ("background_weight", "bg", "dis", "loc", "edit_strength"):
+        for name in ("background_weight", "bg", "dis", "loc", "id", "preserve", "edit_strength"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.edited <= 1:
@@ -44,6 +51,8 @@ class AdapterLoss(BaseLoss):
 
     def __init__(self, *args, terms: AdapterOptions = AdapterOptions(), **kwargs):
         super().__init__(*args, **kwargs)
+        if terms.id and self.people.faces is not None and any(self.people.captions):
+            raise ValueError(f"id must be 0 for photos that are not aligned (pidiff-data photos --aligned), got {terms.id}")
         self.terms, self.directions = terms, [d.to(self.device) for d in self.model.directions.values()]
         self.held = ExitStack()             # gradient checkpointing calls the UNet again in backward, with the same identity
 
@@ -56,11 +65,29 @@ class AdapterLoss(BaseLoss):
                 others[i] = w_plus[i] + float(rng.choice((-1, 1))) * self.terms.edit_strength * direction
         return others
 
+    def identity_loss(self, task: Task, output: Tensor) -> Tensor:
+        """L_id of at most ID_PICTURES pictures with more signal than noise; 0 where the batch has none."""
+        alpha = self.alphas_cumprod[task.timesteps].view(-1, 1, 1, 1)
+        chosen = ((alpha.flatten() > 0.5) & (task.real > 0)).nonzero().flatten()[:ID_PICTURES]
+        if not len(chosen):
+            return output.new_zeros(())
+        alpha, noisy, output = alpha[chosen], task.noisy[chosen], output[chosen]
+        if self.model.scheduler.get("prediction_type") == "v_prediction":
+            clean = alpha.sqrt() * noisy - (1 - alpha).sqrt() * output
+        else:
+            clean = (noisy - (1 - alpha).sqrt() * output) / alpha.sqrt()
+        picture, encoder = self.model.decode_latents(clean).float(), self.model.w_plus_encoder
+        mask = F.interpolate(task.masks[chosen], size=picture.shape[-2:], mode="bilinear")
+        size = encoder.config.input_size
+        white = F.interpolate(mask * picture + 1 - mask, size=(size, size), mode="area")
+        mean = encoder.latent_avg[0]
+        return 1 - F.cosine_similarity(encoder.main_code(white).float() - mean, task.w_plus[chosen, 0] - mean).mean()
+
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
         self.held.close()
         terms, task = self.terms, self.draw(rng)
         with torch.no_grad():
-            if terms.bg:
+            if terms.bg or terms.preserve:
                 without = self.predict(task, task.w_plus, torch.zeros_like(task.id_scale))[0]
             if terms.dis:
                 negative = self.predict(task, self.negatives(task.w_plus, rng), task.id_scale)[0]
@@ -75,6 +102,10 @@ class AdapterLoss(BaseLoss):
 
         if terms.bg:
             parts["bg"] = terms.bg * change(without)
+        if terms.preserve:
+            parts["preserve"] = terms.preserve * ((output - without).square() * channels * task.real.view(-1, 1, 1, 1)).mean()
+        if terms.id:
+            parts["id"] = terms.id * self.identity_loss(task, output)
         if terms.dis:
             parts["dis"] = terms.dis * change(negative)
         if terms.loc and self.model.adapter.config.has_null:
