@@ -158,6 +158,7 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     ({"--people": "1"}, "--people must be at least 2, got 1"),
     ({"--embedder": "none.onnx"}, "embedder must be an ONNX file, got none.onnx"),
     ({"--data": "nowhere"}, "data must be a folder, got nowhere"),
+    ({"--edits": "3"}, "--edits must be 0 for data without exact codes, got 3"),
 ])
 def test_bad_arguments_give_one_sentence(change, sentence, embedder, two_people, tmp_path, capsys):
     arguments = {"--data": str(two_people), "--embedder": str(embedder), "--out": str(tmp_path / "out"), **change}

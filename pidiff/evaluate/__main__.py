@@ -30,12 +30,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--curve-people", type=int, default=0, help="people for the operating curves of id_scale x id_start")
     parser.add_argument("--pairs", type=int, default=0, help="pictures with two people, for the leakage between them")
+    parser.add_argument("--edits", type=int, default=0, help="people who are edited along pose, smile and age (needs exact codes in DATA)")
     parser.add_argument("--steps", type=int, help="default: the bundle's own, or 20")
     parser.add_argument("--guidance-scale", type=float, help="default: the bundle's own, or 2.5")
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    for name, least in (("people", 2), ("prompts", 1), ("seeds", 1), ("curve_people", 0), ("pairs", 0)):
+    for name, least in (("people", 2), ("prompts", 1), ("seeds", 1), ("curve_people", 0), ("pairs", 0), ("edits", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not args.embedder.is_file():
@@ -52,7 +53,7 @@ def make_generator(args, tools):
     return CheckpointGenerator(args.checkpoint, args.steps, args.guidance_scale, lambda size: FaceReader(tools.pipeline._graph, size))
 
 
-def reader_ceilings(factors, subjects, data: Path) -> dict:
+def reader_ceilings(factors, directions, subjects, data: Path) -> dict:
     """Accuracy of the factor readers on real pictures of the evaluated people: what generated pictures can reach at most."""
     from ..data.factors import STYLES, apply_style
     from ..data.people import load_people
@@ -65,6 +66,8 @@ def reader_ceilings(factors, subjects, data: Path) -> dict:
             points = [(factors.tools.landmarks(real.images[i]), getattr(real.factors(i), name)) for i in range(len(real))]
             right = [p is not None and reader(face_shape(p)) == label for p, label in points if label is not None]
             ceilings[f"{name}_reader_on_photos"] = round(float(np.mean(right)), 4)
+        if directions is not None:
+            ceilings |= directions.correlations(real)
     return ceilings
 
 
@@ -84,17 +87,21 @@ def inversion_ceiling(evaluation, tools, rng) -> dict:
 
 def evaluate(args) -> None:
     from . import report
+    from .edits import DirectionReader
     from .protocol import Evaluation
     from .readers import FactorReader, FaceTools
     from .subjects import load_subjects
     subjects, known = load_subjects(args.data, args.people)
+    if args.edits and known is None:
+        raise ValueError(f"--edits must be 0 for data without exact codes, got {args.edits}")
     tools = FaceTools(args.embedder)
     pictures = list(known.images[::3]) if known is not None else [s.other for s in subjects]
     generator = make_generator(args, tools)
     factors = FactorReader(tools, known, pictures)
     evaluation = Evaluation(generator, subjects, tools, factors)
-    evaluation.run(args.prompts, args.seeds, args.curve_people, args.pairs)
-    ceilings = reader_ceilings(factors, subjects, args.data) | inversion_ceiling(evaluation, tools, np.random.default_rng(0))
+    reader = DirectionReader(tools, known) if args.edits else None
+    evaluation.run(args.prompts, args.seeds, args.curve_people, args.pairs, args.edits, reader)
+    ceilings = reader_ceilings(factors, reader, subjects, args.data) | inversion_ceiling(evaluation, tools, np.random.default_rng(0))
     settings = {"model": generator.name, "prompts": args.prompts, "seeds": args.seeds,
                 "steps": args.steps or "default", "guidance_scale": args.guidance_scale or "default"}
     summary = report.summarise(evaluation, ceilings, settings)

@@ -19,6 +19,9 @@ class BundleGenerator:
     def enroll(self, photo: np.ndarray):
         return self.pipeline.enroll(photo, select="largest")
 
+    def edit(self, person, name: str, strength: float):
+        return self.pipeline.edit(person, **{name: strength})
+
     def mix(self, person, other, level: str):
         """`person` with one level group of `other`."""
         return self.pipeline.mix(person, other, level)
@@ -49,6 +52,9 @@ class CheckpointGenerator:
         from ..train.common import to_tensor
         with torch.no_grad():
             return self.model.w_plus_encoder(to_tensor(self._reader.read(photo, "largest")[None]))[0]
+
+    def edit(self, person, name: str, strength: float):
+        return person + strength * self.model.directions[name]
 
     def mix(self, person, other, level: str):
         groups, i = self.model.adapter.config.groups, LEVELS.index(level)

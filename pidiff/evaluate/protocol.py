@@ -11,6 +11,7 @@ from pidiff.runtime.errors import FaceError
 
 from ..data.factors import COLOURS, Factors, caption
 from . import metrics
+from .edits import DirectionReader, follow
 from .generators import LEVELS
 from .readers import FactorReader, FaceTools
 from .subjects import Subject
@@ -40,6 +41,7 @@ class Records:
     switched: list[tuple[str, float]] = field(default_factory=list)         # person, change of background
     levels: dict[str, list[tuple[str, float]]] = field(default_factory=lambda: {level: [] for level in LEVELS})
     leakage: list[tuple[str, float]] = field(default_factory=list)          # person, change where nothing was changed
+    edits: dict[str, list[tuple[str, float, float]]] = field(default_factory=dict)   # direction -> person, Spearman, similarity
     curves: list[dict] = field(default_factory=list)
     pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)     # person -> reference, then one per prompt
     skipped: dict[str, str] = field(default_factory=dict)                   # person -> why
@@ -68,7 +70,7 @@ class Evaluation:
             raise ValueError(f"data must hold at least two people whose face is found, got {len(vectors)}")
         self.gallery = np.stack(vectors)
 
-    def run(self, prompts: int, seeds: int, curve_people: int = 0, pairs: int = 0) -> Records:
+    def run(self, prompts: int, seeds: int, curve_people: int = 0, pairs: int = 0, edits: int = 0, reader: DirectionReader | None = None) -> Records:
         for i in tqdm(range(len(self.people)), desc="people", disable=None):
             self.records.pictures[self.people[i][0].name] = [self.people[i][0].reference]
             for prompt in range(prompts):
@@ -76,6 +78,10 @@ class Evaluation:
             self._switch_and_levels(i)
         for i in tqdm(range(min(pairs, len(self.people))), desc="pairs", disable=None):
             self._pair(i)
+        for i in tqdm(range(min(edits, len(self.people)) if reader else 0), desc="edits", disable=None):
+            subject, person, reference, _ = self.people[i]
+            for name, scores in follow(self.generator, person, reference, caption(prompt_factors(0, i)), reader).items():
+                self.records.edits.setdefault(name, []).append((subject.name, *scores))
         for i in tqdm(range(min(curve_people, len(self.people))), desc="curves", disable=None):
             self._curve(i)
         return self.records

@@ -44,6 +44,10 @@ def summarise(evaluation: Evaluation, ceilings: dict, settings: dict) -> dict:
     summary["leakage"] = metrics.interval([v for _, v in records.leakage], [n for n, _ in records.leakage], rng)
     summary["level_change_inside"] = {level: metrics.interval([v for _, v in rows], [n for n, _ in rows], rng)
                                       for level, rows in records.levels.items()}
+    for name, rows in records.edits.items():
+        who = [n for n, *_ in rows]
+        summary[f"edit_{name}_spearman"] = metrics.interval([rho for _, rho, _ in rows], who, rng)
+        summary[f"edit_{name}_similarity"] = metrics.interval([s for *_, s in rows], who, rng)
     seconds = [row["seconds"] for row in records.rows]
     summary["seconds_per_picture"] = {"median": round(float(np.median(seconds)), 4), "best": round(min(seconds), 4)}
     summary["peak_memory_mb"] = _peak_memory()
