@@ -126,6 +126,12 @@ def test_a_new_adapter_of_every_kind_is_trained_saved_and_gone_on_with(kind, nul
     assert state["step"] == 3
 
 
+def test_gradient_checkpointing_runs_in_the_trainer(trained, people_folder, tmp_path):
+    """Backward computes activations again: with other attention kernels than forward's it would stop with an error."""
+    shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns(".state"))
+    assert run("adapter", people_folder, tmp_path / "model", "--gradient-checkpointing") == 0
+
+
 def test_a_new_adapter_does_not_replace_one(trained, people_folder, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns(".state"))
     before = (tmp_path / "model" / "adapter" / "model.safetensors").read_bytes()

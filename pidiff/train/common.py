@@ -206,9 +206,12 @@ class Trainer:
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = group["initial_lr"] * self.rate()
         self.model.zero_grad(set_to_none=True)
-        for i in range(c.accumulate):
-            loss, scalars = self._pass(loss_fn, self.rank + i * self.world_size)
-            self.scaler.scale(loss / c.accumulate).backward()
+        # The CPU flash kernel's backward takes three times the time of plain matrix products at these sizes.
+        backends = [SDPBackend.MATH] if c.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(backends):             # around backward too: gradient checkpointing must recompute with the same kernel
+            for i in range(c.accumulate):
+                loss, scalars = self._pass(loss_fn, self.rank + i * self.world_size)
+                self.scaler.scale(loss / c.accumulate).backward()
         if dist.is_initialized():
             average_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
         for optimizer in self.optimizers:
@@ -226,10 +229,8 @@ class Trainer:
         c = self.config
         rng = np.random.default_rng((c.seed, self.step, stream))
         torch.manual_seed(int(rng.integers(2 ** 62)))
-        # The CPU flash kernel's backward takes three times the time of plain matrix products at these sizes.
-        backends = [SDPBackend.MATH] if c.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         kind = torch.device(c.device).type
-        with sdpa_kernel(backends), torch.autocast(kind, DTYPES[c.precision], enabled=c.precision != "fp32"):
+        with torch.autocast(kind, DTYPES[c.precision], enabled=c.precision != "fp32"):
             loss, scalars = loss_fn(rng)
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss must be finite, got {loss.item()} at step {self.step}; lower the learning rates")
