@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import BaseLoss, Task, localisation_loss
+from .base import BaseLoss, Task, clean_latents, localisation_loss
 
 ID_PICTURES = 4          # of a batch that L_id decodes
 
@@ -72,10 +72,7 @@ class AdapterLoss(BaseLoss):
         if not len(chosen):
             return output.new_zeros(())
         alpha, noisy, output = alpha[chosen], task.noisy[chosen], output[chosen]
-        if self.model.scheduler.get("prediction_type") == "v_prediction":
-            clean = alpha.sqrt() * noisy - (1 - alpha).sqrt() * output
-        else:
-            clean = (noisy - (1 - alpha).sqrt() * output) / alpha.sqrt()
+        clean = clean_latents(self.model.scheduler, noisy, output, alpha)
         picture, encoder = self.model.decode_latents(clean).float(), self.model.w_plus_encoder
         mask = F.interpolate(task.masks[chosen], size=picture.shape[-2:], mode="bilinear")
         size = encoder.config.input_size

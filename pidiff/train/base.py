@@ -216,6 +216,13 @@ class BaseLoss:
         return loss, scalars
 
 
+def clean_latents(scheduler: dict, noisy: Tensor, output: Tensor, alpha: Tensor) -> Tensor:
+    """Latents without noise, x0_hat, by a model's output at signal power `alpha` (broadcastable)."""
+    if scheduler.get("prediction_type") == "v_prediction":
+        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * output
+    return (noisy - (1 - alpha).sqrt() * output) / alpha.sqrt()
+
+
 def build_base(folder: Path, latent_avg: np.ndarray) -> tuple[BaseModel, object]:
     """Fresh UNet, text encoder and adapter in `mini`'s configuration, and the tokenizer (written to the folder)."""
     tokenizer = build_tokenizer(folder / "tokenizer", MINI_TEXT["max_position_embeddings"])

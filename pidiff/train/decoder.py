@@ -19,7 +19,7 @@ from ..data.factors import caption
 from ..data.people import People, compose
 from ..model import Model
 from ..sampling import encode_prompts
-from .base import training_alphas
+from .base import clean_latents, training_alphas
 from .common import to_images, to_tensor
 
 
@@ -52,11 +52,8 @@ def denoise(model: Model, latents: Tensor, timestep: int, prompts: list[str], w_
         with model.adapter.condition(identity):
             without, with_ = model.unet(torch.cat([latents] * 2), int(here) - 1, embeds).sample.float().chunk(2)
         output = without + options.guidance_scale * (with_ - without)
-        signal, noise = alphas[here].sqrt(), (1 - alphas[here]).sqrt()
-        if model.scheduler.get("prediction_type") == "v_prediction":
-            clean, rest = signal * latents - noise * output, noise * latents + signal * output
-        else:
-            clean, rest = (latents - noise * output) / signal, output
+        clean = clean_latents(model.scheduler, latents, output, alphas[here])
+        rest = (latents - alphas[here].sqrt() * clean) / (1 - alphas[here]).sqrt()
         latents = alphas[there].sqrt() * clean + (1 - alphas[there]).sqrt() * rest
     return latents
 
