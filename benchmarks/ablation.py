@@ -1,8 +1,11 @@
-"""What each term of the adapter stage is worth: python -m benchmarks.ablation --model MODEL --data DATA --embedder FILE.onnx --out OUT
+"""What each term and each form of the adapter is worth.
 
-Trains one new adapter per variant on the same frozen base, with the same data, steps, seed and noise, then evaluates each with
-pidiff-evaluate. Variants: ours, ours without each term, with L_id, W+ Adapter (residual, its own losses) and an IP-Adapter-like
-branch (no null key, the diffusion loss alone). A stopped run goes on; OUT/ablation.md is the table.
+    python -m benchmarks.ablation --model MODEL --data DATA --embedder FILE.onnx --out OUT
+
+Two tables on one frozen base, with the same data, seed and noise. Terms: the model's own adapter, its mapper frozen, fine-tuned
+with each term of the loss off. Forms: new adapters from nothing with equal steps: ours, W+ Adapter's (residual, its own losses) and
+an IP-Adapter-like branch (one embedding to 4 tokens, the diffusion loss alone). Each is then evaluated with pidiff-evaluate. A
+stopped run goes on; OUT/ablation.md holds the tables. `--variants` trains and evaluates only those, for runs side by side.
 """
 
 import argparse
@@ -12,35 +15,53 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 PLAIN = ["--bg", "0", "--dis", "0", "--loc", "0", "--background-weight", "1"]
-OURS = ["--new-adapter", "parallel"]
-VARIANTS = {
-    "ours": OURS,
-    "without L_bg": [*OURS, "--bg", "0"],
-    "without L_dis": [*OURS, "--dis", "0"],
-    "without L_loc": [*OURS, "--loc", "0"],
-    "with L_id": [*OURS, "--id", "0.1"],
-    "L_rec alone": [*OURS, *PLAIN],
+TERMS = {
+    "all terms": [],
+    "without L_bg": ["--bg", "0"],
+    "without L_dis": ["--dis", "0"],
+    "without L_loc": ["--loc", "0"],
+    "with L_id": ["--id", "0.1"],
+    "L_rec alone": PLAIN,
+}
+FORMS = {
+    "ours": ["--new-adapter", "parallel"],
     "W+ Adapter": ["--new-adapter", "residual", *PLAIN, "--preserve", "1"],
     "IP-Adapter-like": ["--new-adapter", "single", *PLAIN],
 }
 COLUMNS = ("rank1", "similarity_reference", "verification_rate", "disruption", "switched", "identity_map_inside", "background_accuracy")
+UNTRAINED = "as it was"
 
 
-def run_variant(name: str, options: list[str], args) -> dict:
+def run_variant(name: str, args) -> None:
     """Train and evaluate one variant in OUT/NAME; what is there already is kept."""
-    folder = args.out / name.replace(" ", "-")
-    report = folder / "report"
-    if not (report / "summary.json").is_file():
-        model = folder / "model"
-        if not model.is_dir():
-            shutil.copytree(args.model, model, ignore=shutil.ignore_patterns(".state", "adapter", "*.onnx", "manifest.json"))
-        data = [str(d) for d in args.data]
-        subprocess.run([sys.executable, "-m", "pidiff.train", "adapter", "--data", *data, "--model", str(model), "--steps", str(args.steps),
-                        "--batch-size", str(args.batch_size), "--seed", str(args.seed), *options], check=True)
-        subprocess.run([sys.executable, "-m", "pidiff.evaluate", "--checkpoint", str(model), "--data", data[0], "--embedder", str(args.embedder),
-                        "--people", str(args.people), "--prompts", "1", "--seeds", "1", "--out", str(report)], check=True)
-    return json.loads((report / "summary.json").read_text())
+    folder, new = args.out / name.replace(" ", "-"), name in FORMS
+    report, model = folder / "report", folder / "model"
+    if (report / "summary.json").is_file():
+        return
+    if not model.is_dir():
+        left_out = (".state", "*.onnx", "manifest.json", *(["adapter"] if new else []))
+        shutil.copytree(args.model, model, ignore=shutil.ignore_patterns(*left_out))
+    if name != UNTRAINED:
+        how = [*FORMS[name], "--steps", str(args.form_steps), "--matrix-learning-rate", "0.01", "--learning-rate", "1e-3"] if new else \
+            [*TERMS[name], "--steps", str(args.term_steps), "--keep-mapper"]
+        subprocess.run([sys.executable, "-m", "pidiff.train", "adapter", "--data", *map(str, args.data), "--model", str(model),
+                        "--batch-size", str(args.batch_size), "--seed", str(args.seed), *how], check=True)
+    subprocess.run([sys.executable, "-m", "pidiff.evaluate", "--checkpoint", str(model), "--data", str(args.data[0]),
+                    "--embedder", str(args.embedder), "--people", str(args.people), "--prompts", "1", "--seeds", "1",
+                    "--curve-people", str(args.curve_people if new else 0), "--out", str(report)], check=True)
+
+
+def disruption_at(curves: list[dict], similarity: float) -> float | None:
+    """Disruption where the curve over id_scale (id_start 0) reaches a similarity, by linear interpolation; None if it never does."""
+    scales = sorted({c["id_scale"] for c in curves})
+    points = [np.mean([(c["similarity"], c["disruption"]) for c in curves if c["id_scale"] == s and c["id_start"] == 0], axis=0) for s in scales]
+    for (s0, d0), (s1, d1) in zip(points, points[1:]):
+        if s0 <= similarity <= s1:
+            return float(d0 + (d1 - d0) * (similarity - s0) / max(s1 - s0, 1e-9))
+    return None
 
 
 def cell(score: dict | None) -> str:
@@ -49,24 +70,44 @@ def cell(score: dict | None) -> str:
     return f"{score['mean']:.3f} ({score['low']:.3f} - {score['high']:.3f})"
 
 
+def tables(out: Path) -> str:
+    """Markdown of every variant that has been evaluated."""
+    lines = []
+    for names in ((UNTRAINED, *TERMS), tuple(FORMS)):
+        lines += ["", "| variant | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+        for name in names:
+            file = out / name.replace(" ", "-") / "report" / "summary.json"
+            if file.is_file():
+                summary = json.loads(file.read_text())
+                lines.append(f"| {name} | " + " | ".join(cell(summary.get(column)) for column in COLUMNS) + " |")
+    curves = {name: json.loads(file.read_text()) for name in FORMS
+              if (file := out / name.replace(" ", "-") / "report" / "curves.json").is_file()}
+    if "W+ Adapter" in curves:
+        least = float(np.mean([c["similarity"] for c in curves["W+ Adapter"] if c["id_scale"] == 1 and c["id_start"] == 0]))
+        lines += ["", f"Disruption at W+ Adapter's similarity at id_scale 1 ({least:.3f}), on the curves' people: "
+                  + ", ".join(f"{name} {'not reached' if (d := disruption_at(c, least)) is None else f'{d:.2f}'}" for name, c in curves.items())]
+    return "\n".join(lines).strip() + "\n"
+
+
 def main() -> None:
+    every = [UNTRAINED, *TERMS, *FORMS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="model folder or bundle: its base is used, its adapter is not")
+    parser.add_argument("--model", type=Path, required=True, help="model folder or bundle")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="the first is also evaluated on")
     parser.add_argument("--embedder", type=Path, required=True)
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--variants", nargs="*", choices=every, default=every)
+    parser.add_argument("--term-steps", type=int, default=300)
+    parser.add_argument("--form-steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--people", type=int, default=50)
+    parser.add_argument("--curve-people", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    lines = ["| variant | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in args.variants:
-        summary = run_variant(name, VARIANTS[name], args)
-        lines.append(f"| {name} | " + " | ".join(cell(summary.get(column)) for column in COLUMNS) + " |")
-        (args.out / "ablation.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        run_variant(name, args)
+        (args.out / "ablation.md").write_text(tables(args.out))
+    print(tables(args.out))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,55 @@ def test_resume_is_exact(tmp_path):
         assert torch.equal(a, b)
 
 
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from pidiff.train.common import TrainConfig, Trainer
+out, when = Path(sys.argv[1]), sys.argv[2]
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+ema = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+ema.load_state_dict(model.state_dict())
+t = Trainer(model, ema, TrainConfig(steps=9, batch_size=1, save_every=2), out, lambda *_: None)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if when == "writing":
+    whole = torch.save
+    def save(state, path):
+        whole(state, path)
+        if state["step"] == 6:
+            path.write_bytes(path.read_bytes()[:2000])
+            die()
+    torch.save = save
+def loss(rng):
+    if when == "computing" and t.step == 5:
+        die()
+    return (model(torch.randn(8, 4) + float(rng.normal())) ** 2).mean(), {}
+t.run(loss)
+"""
+
+
+@pytest.mark.parametrize("when", ["computing", "writing"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(when, tmp_path):
+    import signal
+    import subprocess
+    import sys
+    (tmp_path / "killed.py").write_text(KILLED)
+
+    def run(out, moment):
+        return subprocess.run([sys.executable, str(tmp_path / "killed.py"), str(tmp_path / out), moment], capture_output=True, timeout=120).returncode
+
+    assert run("whole", "never") == 0 and run("killed", when) == -signal.SIGKILL
+    saved = torch.load(tmp_path / "killed" / "state.pt", weights_only=True)
+    assert saved["step"] == 4, "the last checkpoint that was written whole"
+    assert run("killed", "never") == 0
+    whole, resumed = (torch.load(tmp_path / out / "state.pt", weights_only=True) for out in ("whole", "killed"))
+    assert whole["step"] == resumed["step"] == 9
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
+    for a, b in zip(whole["optimizers"], resumed["optimizers"]):
+        assert str(a) == str(b)
+
+
 TWO_PROCESSES = """
 import sys, torch
 from pathlib import Path

@@ -99,14 +99,15 @@ def test_a_folder_without_state_is_gone_on_with(trained, people_folder, tmp_path
     assert 0 < (after - before).abs().max() < 0.01 * before.abs().max()
 
 
-def test_a_bundle_copy_keeps_its_mapper_where_asked(trained, people_folder, tmp_path):
+@pytest.mark.parametrize("stage", ["base", "adapter"])
+def test_a_bundle_copy_keeps_its_mapper_where_asked(stage, trained, people_folder, tmp_path):
     """Without MODEL/mapper, as in a bundle, --keep-mapper freezes the adapter's; without it, the mapper is trained on."""
     import shutil
     from safetensors.torch import load_file
 
     def mapper_after(name, *options):
         shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns(".state", "mapper"))
-        assert run("base", people_folder, tmp_path / name, *options) == 0
+        assert run(stage, people_folder, tmp_path / name, *options) == 0
         state = load_file(tmp_path / name / "adapter" / "model.safetensors")
         return {k: v for k, v in state.items() if k.startswith("mapper.") and "latent_avg" not in k}
 
@@ -122,7 +123,7 @@ def test_keep_mapper_without_a_mapper_is_one_sentence(people_folder, trained, tm
     assert run("base", people_folder, tmp_path, "--keep-mapper") == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert run("vae", people_folder, tmp_path, "--keep-mapper") == 1
-    assert "keep-mapper must be given to the base stage, got it for vae" in capsys.readouterr().err
+    assert "keep-mapper must be given to the base or adapter stage, got it for vae" in capsys.readouterr().err
 
 
 def test_sample_sheets_are_written(trained, people_folder, tmp_path):

@@ -88,6 +88,7 @@ def inversion_ceiling(evaluation, tools, rng) -> dict:
 def evaluate(args) -> None:
     from . import report
     from .edits import DirectionReader
+    from .groups import apparent_groups
     from .protocol import Evaluation
     from .readers import FactorReader, FaceTools
     from .subjects import load_subjects
@@ -104,7 +105,7 @@ def evaluate(args) -> None:
     ceilings = reader_ceilings(factors, reader, subjects, args.data) | inversion_ceiling(evaluation, tools, np.random.default_rng(0))
     settings = {"model": generator.name, "prompts": args.prompts, "seeds": args.seeds,
                 "steps": args.steps or "default", "guidance_scale": args.guidance_scale or "default"}
-    summary = report.summarise(evaluation, ceilings, settings)
+    summary = report.summarise(evaluation, ceilings, settings, apparent_groups(evaluation, known))
     report.write(args.out, evaluation, summary)
     print(report.markdown(summary))
 

@@ -15,8 +15,8 @@ PER_PICTURE = ("rank1", "similarity_reference", "similarity_other", "copy_paste"
                "background_accuracy", "style_accuracy", "expression_accuracy", "pose_accuracy", "face_found", "diversity")
 
 
-def summarise(evaluation: Evaluation, ceilings: dict, settings: dict) -> dict:
-    """Every score with its interval, the anchors beside them, and what was skipped."""
+def summarise(evaluation: Evaluation, ceilings: dict, settings: dict, groups: dict[str, list[str]] | None = None) -> dict:
+    """Every score with its interval, the anchors beside them, `groups` of people on their own, and what was skipped."""
     records, rng = evaluation.records, np.random.default_rng(0)
     people = [row["person"] for row in records.rows]
     names = [p[0].name for p in evaluation.people]
@@ -40,6 +40,8 @@ def summarise(evaluation: Evaluation, ceilings: dict, settings: dict) -> dict:
         accepted = [float(row["similarity_reference"] > limit) for row in records.rows]
         summary[key] = {**metrics.interval(accepted, people, rng), "false_match_rate": rate, "threshold": round(limit, 4)}
         summary["anchors"]["genuine_" + key] = metrics.interval((genuine > limit).astype(float), names, rng)
+    summary["groups"] = {group: group_scores(records.rows, set(members), summary["verification_rate"]["threshold"], rng)
+                         for group, members in (groups or {}).items()}
     summary["switched"] = metrics.interval([v for _, v in records.switched], [n for n, _ in records.switched], rng)
     summary["leakage"] = metrics.interval([v for _, v in records.leakage], [n for n, _ in records.leakage], rng)
     summary["level_change_inside"] = {level: metrics.interval([v for _, v in rows], [n for n, _ in rows], rng)
@@ -53,6 +55,14 @@ def summarise(evaluation: Evaluation, ceilings: dict, settings: dict) -> dict:
     summary["peak_memory_mb"] = _peak_memory()
     summary["skipped"] = records.skipped
     return summary
+
+
+def group_scores(rows: list[dict], members: set[str], threshold: float, rng: np.random.Generator) -> dict:
+    """Identity scores of one group's people; the gallery and the threshold are everybody's."""
+    own = [row for row in rows if row["person"] in members]
+    people = [row["person"] for row in own]
+    return {**{key: metrics.interval([row[key] for row in own], people, rng) for key in ("rank1", "similarity_reference")},
+            "verification_rate": metrics.interval([float(row["similarity_reference"] > threshold) for row in own], people, rng)}
 
 
 def _peak_memory() -> float:
@@ -83,6 +93,10 @@ def _cell(value: dict) -> str:
     return "-" if value["mean"] is None else f"{value['mean']:.3f} | {value['low']:.3f} - {value['high']:.3f} | {value['people']}"
 
 
+def _range(value: dict) -> str:
+    return "-" if value["mean"] is None else f"{value['mean']:.2f} ({value['low']:.2f} - {value['high']:.2f})"
+
+
 def markdown(summary: dict) -> str:
     """Tables of scores, of factor readers on real pictures, and of anchors."""
     settings = ", ".join(f"{k}: {v}" for k, v in summary["settings"].items())
@@ -92,6 +106,11 @@ def markdown(summary: dict) -> str:
     lines += ["", "Share of the change inside the person when one W+ level group is another person's:", "",
               "| level | mean | 95 % interval | people |", "|---|---|---|---|"]
     lines += [f"| {k} | {_cell(v) if v['mean'] is not None else '- | - | 0'} |" for k, v in summary["level_change_inside"].items()]
+    if summary["groups"]:
+        lines += ["", "Apparent groups (skin tone by the typology angle of the cheeks, age by the code):", "",
+                  "| group | people | rank1 | similarity_reference | verification_rate |", "|---|---|---|---|---|"]
+        lines += [f"| {group} | {scores['rank1']['people']} | " + " | ".join(_range(score) for score in scores.values()) + " |"
+                  for group, scores in summary["groups"].items()]
     lines += ["", "Anchors:", "", "| anchor | value |", "|---|---|"]
     for key, value in summary["anchors"].items():
         text = value if not isinstance(value, dict) else value.get("mean", json.dumps(value))

@@ -215,6 +215,7 @@ def train_adapter(args, people: People) -> None:
         save_config(whole.w_plus_encoder.config, args.model / "w_plus_encoder" / "config.json")
     for module in (whole.unet, whole.text_encoder, whole.vae, whole.w_plus_encoder):
         module.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    whole.adapter.mapper.requires_grad_(not args.keep_mapper)
     if args.gradient_checkpointing:
         whole.unet.enable_gradient_checkpointing()
         whole.unet.train()                  # diffusers recomputes in training mode only; there is no dropout to switch on
@@ -275,7 +276,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by pidiff-data: synthetic people, or photos")
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
     parser.add_argument("--keep-mapper", action="store_true",
-                        help="base stage: go on with the mapper of MODEL/adapter as it is (a bundle's copy has no MODEL/mapper)")
+                        help="base and adapter stages: go on with the mapper of MODEL/adapter as it is")
     parser.add_argument("--new-adapter", choices=("parallel", "residual", "single"),
                         help="adapter stage: begin with an untrained adapter: ours, W+ Adapter's form, IP-Adapter's form")
     parser.add_argument("--encoder", type=Path, help="adapter stage: published e4e file, kept as MODEL/w_plus_encoder")
@@ -291,8 +292,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(AdapterOptions) if getattr(args, f.name) is not None}
     if given and args.stage != "adapter":
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} must be given to the adapter stage, got it for {args.stage}")
-    if args.keep_mapper and args.stage != "base":
-        raise ValueError(f"keep-mapper must be given to the base stage, got it for {args.stage}")
+    if args.keep_mapper and args.stage not in ("base", "adapter"):
+        raise ValueError(f"keep-mapper must be given to the base or adapter stage, got it for {args.stage}")
     args.terms = AdapterOptions(**given)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
     args.config = dataclasses.replace(PRESETS[args.stage], **given)
