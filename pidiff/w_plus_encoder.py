@@ -110,17 +110,17 @@ class WPlusEncoder(nn.Module):
         linear.weight[:, :count] = (directions[:count] * std[:count, None]).T / len(codes) ** 0.5 / linear.scale
 
     def forward(self, face: Tensor) -> Tensor:
-        maps = self._maps(face)
+        maps = self.feature_maps(face)
         codes = [head(maps[self._stride(i)]) for i, head in enumerate(self.styles)]
         main = codes[0]
         return torch.stack([main] + [main + offset for offset in codes[1:]], dim=1) + self.latent_avg
 
     def main_code(self, face: Tensor) -> Tensor:
         """w_0 [B, 512] alone: what e4e's first training stage learns, at a third less work."""
-        return self.styles[0](self._maps(face)[self._stride(0)]) + self.latent_avg[0]
+        return self.styles[0](self.feature_maps(face)[self._stride(0)]) + self.latent_avg[0]
 
-    def _maps(self, face: Tensor) -> dict[int, Tensor]:
-        """Feature pyramid: stride -> map."""
+    def feature_maps(self, face: Tensor) -> dict[int, Tensor]:
+        """Feature pyramid of faces [B, 3, S, S]: stride -> [B, C, S / stride, S / stride], coarse ones added into fine ones."""
         taps = []
         ends = list(accumulate(self.config.stage_blocks))
         x = self.input_layer(face)

@@ -126,6 +126,27 @@ def test_keep_mapper_without_a_mapper_is_one_sentence(people_folder, trained, tm
     assert "keep-mapper must be given to the base or adapter stage, got it for vae" in capsys.readouterr().err
 
 
+def test_likeness_compares_the_person_alone_by_the_encoders_features(trained, people_folder):
+    from pidiff.data.people import load_people
+    from pidiff.model import load_model
+    from pidiff.train.base import BaseLoss, BaseOptions, likeness_loss
+    model, people = load_model(trained), load_people(people_folder, 128)
+    loss = BaseLoss(model, people, 16, options=BaseOptions(likeness=0.5, likeness_share=0.5))
+    torch.manual_seed(0)
+    task = loss.draw(np.random.default_rng(0))
+    assert loss.likeness(task, task.target) == 0, "the true answer is the real person"
+    guess = (task.target + 0.1 * torch.randn_like(task.target)).requires_grad_()
+    loss.likeness(task, guess).backward()
+    moved = guess.grad.abs().sum((1, 2, 3)) > 0
+    nearly_clean = (loss.alphas_cumprod[task.timesteps] > 0.2) & (task.real > 0)
+    assert 0 < moved.sum() <= 8 and not (moved & ~nearly_clean).any()
+    picture, mask = torch.rand(2, 3, 128, 128), torch.zeros(2, 1, 128, 128)
+    mask[..., 32:96, 32:96] = 1
+    behind = torch.where(mask > 0, picture, torch.rand_like(picture))
+    assert likeness_loss(model.w_plus_encoder, behind, picture, mask) == 0
+    assert likeness_loss(model.w_plus_encoder, 1 - picture, picture, mask) > 0
+
+
 def test_sample_sheets_are_written(trained, people_folder, tmp_path):
     import shutil
     import cv2
@@ -160,6 +181,7 @@ def test_localisation_loss_is_zero_for_the_mask_itself():
     (("--steps", "0"), "steps must be at least 1, got 0"),
     (("--precision", "int4"), "precision must be one of bf16, fp16, fp32, got 'int4'"),
     (("--bg", "0"), "--bg must be given to the adapter stage, got it for vae"),
+    (("--likeness", "0.1"), "likeness must be at least 0, and given to the base stage only, got 0.1 for vae"),
 ])
 def test_bad_arguments_give_one_sentence(arguments, sentence, people_folder, tmp_path, capsys):
     code = main(["vae", "--data", str(people_folder), "--model", str(tmp_path), *arguments])

@@ -177,7 +177,7 @@ def train_mapper(args, people: People) -> None:
 
 
 def train_base(args, people: People) -> None:
-    from .base import BaseLoss, build_base, save_base
+    from .base import BaseLoss, BaseOptions, build_base, save_base
     codes = encoder_codes(args, people)
     model, tokenizer = build_base(args.model, people.mean if people.w is not None else codes.people.mean((0, 1)))
     parts = (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model"))
@@ -190,14 +190,16 @@ def train_base(args, people: People) -> None:
     mapped = mapper.is_file() or args.keep_mapper
     model.adapter.mapper.requires_grad_(not mapped)
     model = model.to(args.config.device, memory_format=torch.channels_last)
-    vae = load_vae(args.model / "vae").to(args.config.device)
+    vae = load_vae(args.model / "vae").to(args.config.device).requires_grad_(False)
+    encoder = None if codes is None else load_encoder(args.model / "w_plus_encoder").to(args.config.device).requires_grad_(False)
 
     def whole(part) -> Model:
-        return Model(part.unet, part.text_encoder, vae, tokenizer, MINI_SCHEDULER, None, part.adapter, {})
+        return Model(part.unet, part.text_encoder, vae, tokenizer, MINI_SCHEDULER, encoder, part.adapter, {})
 
     trainer = _trainer(args, model, lambda ema, _: save_base(ema, args.model),
                        lambda ema: sample_sheet(whole(ema), people, known_codes(codes, people)))
-    trainer.run(BaseLoss(whole(model), people, args.config.batch_size, codes, aligned=mapped))
+    loss = BaseLoss(whole(model), people, args.config.batch_size, codes, BaseOptions(likeness=args.likeness), aligned=mapped)
+    trainer.run(loss)
 
 
 def _new_adapter(args) -> str | None:
@@ -277,6 +279,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
     parser.add_argument("--keep-mapper", action="store_true",
                         help="base and adapter stages: go on with the mapper of MODEL/adapter as it is")
+    parser.add_argument("--likeness", type=float, default=0.0,
+                        help="base stage: weight of the person's difference in the encoder's features (default: 0)")
     parser.add_argument("--new-adapter", choices=("parallel", "residual", "single"),
                         help="adapter stage: begin with an untrained adapter: ours, W+ Adapter's form, IP-Adapter's form")
     parser.add_argument("--encoder", type=Path, help="adapter stage: published e4e file, kept as MODEL/w_plus_encoder")
@@ -294,6 +298,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} must be given to the adapter stage, got it for {args.stage}")
     if args.keep_mapper and args.stage not in ("base", "adapter"):
         raise ValueError(f"keep-mapper must be given to the base or adapter stage, got it for {args.stage}")
+    if args.likeness and args.stage != "base" or not 0 <= args.likeness < float("inf"):
+        raise ValueError(f"likeness must be at least 0, and given to the base stage only, got {args.likeness} for {args.stage}")
     args.terms = AdapterOptions(**given)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}
     args.config = dataclasses.replace(PRESETS[args.stage], **given)

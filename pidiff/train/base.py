@@ -5,7 +5,9 @@ picture of the person, so neither can do the other's work. Where the text names 
 is moved at random, so that the text decides; else the code does. With probability `id_off` the identity branch is off (so
 that id_scale = 0 is a proper text-to-image model), with `id_null` it sees mapper(zeros), and `text_drop` empties the
 prompt, for classifier-free guidance. Loss: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) plus a small
-localisation loss on the identity map, and the mapper stage's alignment loss on identity attention.
+localisation loss on the identity map, and the mapper stage's alignment loss on identity attention. With `likeness`,
+some nearly clean predictions are also decoded, and the person in them is compared with the real one in the encoder's feature
+maps: squared error alone spends itself on texture that does not say who it is.
 """
 
 import json
@@ -44,9 +46,12 @@ class BaseOptions:
     encoded: float = 0.85               # share of references that went through the encoder, where there is one
     localisation: float = 0.05
     alignment: float = 0.1              # where the mapper stage has given the tokens their regions
+    likeness: float = 0.0               # needs an encoder
+    likeness_share: float = 0.25        # of a batch that it decodes, at most
 
 
 NAMED_BY = {"pose": ("looking",), "smile": EXPRESSIONS}      # words of a caption that name what a direction changes
+LIKENESS_ALPHA = 0.2                                         # least signal power of a prediction that `likeness` looks at: sigma 2
 MOVES = {"pose": 2.0, "smile": 1.2}                          # standard deviation along the unit direction
 
 
@@ -133,6 +138,8 @@ class BaseLoss:
         self.levels = sum(model.adapter.config.groups)
         self.variance = latent_variance(model, people)
         self.probe = AttentionProbe(model.adapter) if aligned else None
+        if options.likeness and (model.w_plus_encoder is None or people.faces is not None):
+            raise ValueError(f"likeness must be 0 without an encoder and for photos that are not aligned, got {options.likeness}")
 
     def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
         """Latents [B, C, h, w], person masks [B, 1, h, w], captions; and the picture indices."""
@@ -213,7 +220,38 @@ class BaseLoss:
             align = alignment_loss(self.model.adapter, *([x[some] for x in kept] for kept in (self.probe.queries, self.probe.keys)),
                                    task.masks[some], task.real[some])
             loss, scalars["alignment"] = loss + self.options.alignment * align, align.detach()
+        if self.options.likeness:
+            likeness = self.likeness(task, output)
+            loss, scalars["likeness"] = loss + self.options.likeness * likeness, likeness.detach()
         return loss, scalars
+
+    def likeness(self, task: "Task", output: Tensor) -> Tensor:
+        """`likeness_loss` of the predictions that have an identity and not much noise; 0 where the batch has none."""
+        alpha = self.alphas_cumprod[task.timesteps]
+        chosen = ((alpha > LIKENESS_ALPHA) & (task.real > 0)).nonzero().flatten()
+        most = max(1, int(self.options.likeness_share * len(alpha)))
+        chosen = chosen[torch.randperm(len(chosen))[:most].to(chosen.device)]
+        if not len(chosen):
+            return output.new_zeros(())
+        noisy, alpha = task.noisy[chosen], alpha[chosen].view(-1, 1, 1, 1)
+        picture, wanted = (self.model.decode_latents(clean_latents(self.model.scheduler, noisy, o[chosen], alpha)).float()
+                           for o in (output, task.target))
+        mask = F.interpolate(task.masks[chosen], size=picture.shape[-2:], mode="bilinear")
+        return likeness_loss(self.model.w_plus_encoder, picture, wanted, mask)
+
+
+def likeness_loss(encoder: nn.Module, picture: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """Squared distance of two pictures [B, 3, H, W] of a person (mask [B, 1, H, W]) in the W+ encoder's feature maps, each map by
+    its variance: a perceptual loss (Johnson et al. 2016, arXiv 1603.08155; in diffusion training, arXiv 2401.00110)."""
+    size = encoder.config.input_size
+
+    def features(x: Tensor) -> list[Tensor]:
+        white = F.interpolate(mask * x + 1 - mask, size=(size, size), mode="area")
+        return [m.float() for m in encoder.feature_maps(white).values()]
+
+    with torch.no_grad():
+        targets = features(wanted)
+    return sum((a - b).square().mean() / b.var() for a, b in zip(features(picture), targets)) / len(targets)
 
 
 def clean_latents(scheduler: dict, noisy: Tensor, output: Tensor, alpha: Tensor) -> Tensor:
