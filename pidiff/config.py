@@ -55,9 +55,9 @@ class AdapterConfig:
     """Identity branch of one UNet.
 
     `groups` are the sizes of the W+ level groups (coarse, middle, fine, finest). `tokens_per_group` = 1 with
-    `mode="residual"` is W+ Adapter (Li et al. 2024, arXiv 2311.17461); `parallel` adds the null key. With a
-    `mapper_width` each group's mapper is a residual network of that width and of `mapper_depth` blocks, not one matrix.
-    With `token_rows` a group's tokens stand for the cells of a grid over the picture, row by row, and the last
+    `mode="residual"` is W+ Adapter (Li et al. 2024, arXiv 2311.17461); `parallel` adds the null key. With
+    `mapper_blocks` the mapper is a synthesis network of `mapper_width` channels with so many blocks per level group, not one matrix
+    each. With `token_rows` a group's tokens stand for the cells of a grid over the picture, row by row, and the last
     `position_dim` numbers of a token say which cell and group it is: the same for everybody.
     """
 
@@ -68,7 +68,7 @@ class AdapterConfig:
     tokens_per_group: int = 1
     center: bool = False                       # subtract latent_avg from w_plus before the mapper
     mapper_width: int = 0
-    mapper_depth: int = 0
+    mapper_blocks: tuple[int, ...] = ()        # per level group
     token_rows: int = 0
     null_key: bool = True                      # of `parallel`; without it there is no identity map
 
@@ -79,6 +79,8 @@ class AdapterConfig:
             raise ValueError(f"groups must be 4 positive sizes, got {self.groups}")
         if self.token_rows and self.tokens_per_group % self.token_rows:
             raise ValueError(f"tokens_per_group must be a multiple of token_rows {self.token_rows}, got {self.tokens_per_group}")
+        if self.mapper_blocks and (len(self.mapper_blocks) != 4 or min(self.mapper_blocks) < 0 or self.mapper_width % 8 or not self.mapper_width):
+            raise ValueError(f"mapper_blocks must be 4 sizes with a mapper_width that 8 divides, got {self.mapper_blocks} and {self.mapper_width}")
         if self.token_dim <= self.position_dim:
             raise ValueError(f"token_dim must be more than the {self.position_dim} numbers of a position, got {self.token_dim}")
 
@@ -113,5 +115,5 @@ def new_adapter_config(kind: str, num_styles: int, token_dim: int) -> AdapterCon
 
 
 # One token per level group and latent pixel.
-ADAPTER_MINI = AdapterConfig(groups=(4, 4, 2, 2), token_dim=40, tokens_per_group=64, center=True, mapper_width=208,
-                             mapper_depth=2, token_rows=8)
+ADAPTER_MINI = AdapterConfig(groups=(4, 4, 2, 2), token_dim=40, tokens_per_group=64, center=True, mapper_width=192,
+                             mapper_blocks=(3, 2, 2, 1), token_rows=8)

@@ -11,31 +11,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import fold_identity, identity_attention
+from .attention import fold_identity, identity_attention, merge_heads, split_heads
 from .config import AdapterConfig
 
 
-class ResidualMLP(nn.Module):
-    """x + up(silu(down(norm(x)))) on [..., d]; starts as the identity."""
+class SynthesisBlock(nn.Module):
+    """x [B, S, d], style [B, d] -> [B, S, d]: positions are mixed by matrices of their own (one per head), channels by a two-layer
+    network; the style scales and shifts what goes in (FiLM, arXiv 1709.07871). Starts as the identity."""
 
-    def __init__(self, width: int):
+    def __init__(self, positions: int, width: int, heads: int = 8):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.wide = nn.Linear(width, 2 * width)
-        self.narrow = nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.style = nn.Linear(width, 2 * width)
+        self.mix = nn.Parameter(torch.eye(positions).repeat(heads, 1, 1) + torch.randn(heads, positions, positions) / positions)
+        self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         nn.init.zeros_(self.narrow.weight)
         nn.init.zeros_(self.narrow.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.narrow(F.silu(self.wide(self.norm(x))))
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        gain, bias = self.style(style)[:, None].chunk(2, -1)
+        h = split_heads(self.norm(x) * (1 + gain) + bias, len(self.mix))
+        return x + self.narrow(F.silu(self.wide(merge_heads(self.mix @ h))))
 
 
-def group_map(inputs: int, config: AdapterConfig) -> nn.Module:
-    """One level group's map to its tokens, without their positions."""
-    outputs, width = config.tokens_per_group * (config.token_dim - config.position_dim), config.mapper_width
-    if not width:
-        return nn.Linear(inputs, outputs, bias=False)
-    return nn.Sequential(nn.Linear(inputs, width), *(ResidualMLP(width) for _ in range(config.mapper_depth)), nn.Linear(width, outputs))
+class SynthesisGroup(nn.Module):
+    """One level group's part of the synthesis network: blocks styled by its codes, and its tokens read off what they leave."""
+
+    def __init__(self, inputs: int, blocks: int, config: AdapterConfig):
+        super().__init__()
+        width = config.mapper_width
+        self.style = nn.Linear(inputs, width)
+        self.blocks = nn.ModuleList(SynthesisBlock(config.tokens_per_group, width) for _ in range(blocks))
+        self.tokens = nn.Linear(width, config.token_dim - config.position_dim)
+
+    def forward(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, d], codes [B, size * w_plus_dim] -> x, tokens [B, S, content]."""
+        style = F.silu(self.style(codes))
+        for block in self.blocks:
+            x = block(x, style)
+        return x, self.tokens(x)
 
 
 def token_positions(config: AdapterConfig) -> Tensor:
@@ -50,16 +64,21 @@ def token_positions(config: AdapterConfig) -> Tensor:
 class WPlusMapper(nn.Module):
     """w_plus [B, L, 512] -> id_embeds [B, T, d]: one map per level group, one shared LayerNorm.
 
-    With one token per group and no `mapper_width` this is W+ Adapter's mapper (arXiv 2311.17461: bias-free matrices),
-    so its published weights load.
+    With one token per group and no `mapper_blocks` this is W+ Adapter's mapper (arXiv 2311.17461: bias-free matrices), so its
+    published weights load. With blocks it is a synthesis network on the token grid, as StyleGAN's is on pictures: it
+    begins with a learned constant, and each level group goes on from what the coarser ones left.
     """
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.config = config
+        content = config.tokens_per_group * (config.token_dim - config.position_dim)
         for i, size in enumerate(config.groups):
-            self.add_module(f"proj_{i}", group_map(size * config.w_plus_dim, config))
+            inputs = size * config.w_plus_dim
+            self.add_module(f"proj_{i}", SynthesisGroup(inputs, config.mapper_blocks[i], config) if config.mapper_blocks
+                            else nn.Linear(inputs, content, bias=False))
         self.norm = nn.LayerNorm(config.token_dim)
+        self.start = nn.Parameter(torch.randn(config.tokens_per_group, config.mapper_width)) if config.mapper_blocks else None
         self.position = nn.Parameter(token_positions(config)) if config.token_rows else None
         average = torch.zeros(sum(config.groups), config.w_plus_dim) if config.center else None
         self.register_buffer("latent_avg", average)
@@ -70,12 +89,21 @@ class WPlusMapper(nn.Module):
             raise ValueError(f"w_plus must have shape [B, {levels}, {self.config.w_plus_dim}], got {tuple(w_plus.shape)}")
         if self.latent_avg is not None:
             w_plus = w_plus - self.latent_avg
-        tokens = [getattr(self, f"proj_{i}")(part.flatten(1)).unflatten(1, (self.config.tokens_per_group, -1))
-                  for i, part in enumerate(w_plus.split(self.config.groups, 1))]
-        tokens = torch.cat(tokens, 1)
+        tokens = self.content([part.flatten(1) for part in w_plus.split(self.config.groups, 1)])
         if self.position is not None:
             tokens = torch.cat([tokens, self.position.expand(len(tokens), -1, -1)], -1)
         return self.norm(tokens)
+
+    def content(self, codes: list[Tensor]) -> Tensor:
+        """Codes of each level group [B, size * 512] -> what the tokens say, without their positions [B, T, d]."""
+        groups = [getattr(self, f"proj_{i}") for i in range(len(codes))]
+        if self.start is None:
+            return torch.cat([g(part).unflatten(1, (self.config.tokens_per_group, -1)) for g, part in zip(groups, codes)], 1)
+        x, tokens = self.start.expand(len(codes[0]), -1, -1), []
+        for group, part in zip(groups, codes):
+            x, own = group(x, part)
+            tokens.append(own)
+        return torch.cat(tokens, 1)
 
 
 class IdentityProjection(nn.Module):

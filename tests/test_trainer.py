@@ -26,6 +26,13 @@ def test_resume_is_exact(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("limit", [{"steps": 40}, {"minutes": 2.0}])
+def test_time_left_follows_steps_or_the_clock(limit, tmp_path):
+    model = torch.nn.Linear(2, 1)
+    trainer = Trainer(model, torch.nn.Linear(2, 1), TrainConfig(**limit), tmp_path, lambda *_: None, step=10, seconds=30.0)
+    assert trainer.seconds_left() == pytest.approx(90.0)
+
+
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path

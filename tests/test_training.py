@@ -48,6 +48,21 @@ def test_mapper_stage_learns_to_draw(people):
     assert unexplained(model, w_plus, latents) < 0.5 * before
 
 
+def test_read_outs_are_fitted_to_a_mapper_that_is_there(people):
+    """What a drawing mapper draws is recovered from its tokens alone, after its read-outs are lost."""
+    from pidiff.config import ADAPTER_MINI
+    from pidiff.train.mapper import RenderingMapper
+    torch.manual_seed(0)
+    model = RenderingMapper(dataclasses.replace(ADAPTER_MINI, tokens_per_group=16, token_rows=4), 64, 8).requires_grad_(False)
+    w_plus = torch.from_numpy(people.w)[:, None].expand(-1, 12, -1)
+    drawn = model(w_plus)
+    for read in model.read:
+        torch.nn.init.zeros_(read.weight)
+    assert (model(w_plus) - drawn).abs().max() > 0.1
+    model.learn_to_read(w_plus, drawn)
+    torch.testing.assert_close(model(w_plus), drawn, rtol=1e-3, atol=1e-3)
+
+
 def test_alignment_loss_wants_each_place_to_read_its_own_token():
     """Keys that are orthogonal, queries that point at the wanted key: the loss is near 0; shuffled queries cost more."""
     from types import SimpleNamespace

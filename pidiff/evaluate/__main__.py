@@ -75,13 +75,17 @@ def inversion_ceiling(evaluation, tools, rng) -> dict:
     """Likeness of StyleGAN's own picture of the encoder's code, where `random-face` is installed; else nothing."""
     from ..data.synth import Generator
     from . import metrics
+    from .report import FALSE_MATCH_RATES
     try:
         generator = Generator()
     except ValueError:
         return {}
     vectors = [tools.embed(generator.image(np.asarray(getattr(person, "w_plus", person))[0])) for _, person, *_ in evaluation.people]
     names = [p[0].name for p in evaluation.people]
-    return {"inversion_similarity": metrics.interval([metrics.similarity(v, p[2]) for v, p in zip(vectors, evaluation.people)], names, rng),
+    likeness = np.array([metrics.similarity(v, p[2]) for v, p in zip(vectors, evaluation.people)])
+    limit = metrics.threshold(evaluation.impostor, FALSE_MATCH_RATES[0])
+    return {"inversion_similarity": metrics.interval(likeness, names, rng),
+            "inversion_verification_rate": metrics.interval((likeness > limit).astype(float), names, rng),
             "inversion_rank1": metrics.interval([metrics.rank1(v, evaluation.gallery, i) for i, v in enumerate(vectors)], names, rng)}
 
 

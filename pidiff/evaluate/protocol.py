@@ -70,6 +70,12 @@ class Evaluation:
         if len(vectors) < 2:
             raise ValueError(f"data must hold at least two people whose face is found, got {len(vectors)}")
         self.gallery = np.stack(vectors)
+        self.others = np.stack([other for *_, other in self.people])
+
+    @property
+    def impostor(self) -> np.ndarray:
+        """Similarities of every person's other photo to everybody else's reference [N (N - 1)]."""
+        return (self.others @ self.gallery.T)[~np.eye(len(self.others), dtype=bool)]
 
     def run(self, prompts: int, seeds: int, curve_people: int = 0, pairs: int = 0, edits: int = 0, reader: DirectionReader | None = None) -> Records:
         for i in tqdm(range(len(self.people)), desc="people", disable=None):

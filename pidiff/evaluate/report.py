@@ -10,7 +10,7 @@ import numpy as np
 from . import metrics
 from .protocol import ID_SCALES, ID_STARTS, Evaluation
 
-FALSE_MATCH_RATES = (1e-2, 1e-3)
+FALSE_MATCH_RATES = (1e-2, 1e-3)                # the first is the one that groups and the inversion ceiling are judged by
 PER_PICTURE = ("rank1", "similarity_reference", "similarity_other", "copy_paste", "disruption", "identity_map_inside",
                "background_accuracy", "style_accuracy", "expression_accuracy", "pose_accuracy", "face_found", "diversity")
 
@@ -20,8 +20,7 @@ def summarise(evaluation: Evaluation, ceilings: dict, settings: dict, groups: di
     records, rng = evaluation.records, np.random.default_rng(0)
     people = [row["person"] for row in records.rows]
     names = [p[0].name for p in evaluation.people]
-    references, others = evaluation.gallery, np.stack([p[3] for p in evaluation.people])
-    impostor = (others @ references.T)[~np.eye(len(names), dtype=bool)]
+    references, others, impostor = evaluation.gallery, evaluation.others, evaluation.impostor
     genuine = (others * references).sum(1)
 
     def column(key):

@@ -160,17 +160,27 @@ def known_codes(codes, people: People) -> np.ndarray:
     return np.broadcast_to(people.w[:, None], (len(people), levels, 512)) if codes is None else codes.people
 
 
+def _mapper_state(file: Path) -> dict[str, torch.Tensor]:
+    """The mapper's tensors in what the mapper stage or an adapter wrote."""
+    return {k.removeprefix("mapper."): v for k, v in read_tensors(file).items() if k.startswith("mapper.")}
+
+
 def train_mapper(args, people: People) -> None:
     from .base import encoder_bank
     from .mapper import MapperLoss, RenderingMapper, unexplained, white_latents
     vae, file = load_vae(args.model / "vae"), args.model / "mapper" / "model.safetensors"
     latents, known = white_latents(vae, people), encoder_codes(args, people)
     model = RenderingMapper(ADAPTER_MINI, *latents.shape[1:3])
-    _start_from(model, file)
+    begun, adapter = _start_from(model, file), args.model / "adapter" / "model.safetensors"
+    if not begun and adapter.is_file():             # go on with a bundle's mapper
+        load_strict(model.mapper, _mapper_state(adapter), "adapter")
     model.mapper.latent_avg.copy_(torch.from_numpy(people.mean).expand_as(model.mapper.latent_avg))
     model = model.to(args.config.device)
+    loss = MapperLoss(model, people, latents, None if known is None else known.people, args.config.batch_size, args.config.device)
+    if not begun and adapter.is_file():
+        loss.learn_to_read()
     trainer = _trainer(args, model, lambda ema, _: save_weights(ema, file))
-    trainer.run(MapperLoss(model, people, latents, None if known is None else known.people, args.config.batch_size, args.config.device))
+    trainer.run(loss)
     unseen = load_people(args.data, SIZES["mapper"], "validation", args.people_limit or 1000)
     w_plus = torch.from_numpy(unseen.w)[:, None].expand(-1, W_PLUS_MINI.num_styles, -1)
     print(f"held-out share unexplained: {unexplained(trainer.ema.cpu(), w_plus, white_latents(vae, unseen)):.3f}")
@@ -183,8 +193,7 @@ def train_base(args, people: People) -> None:
     parts = (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("adapter", "model"))
     known = {part: _start_from(getattr(model, part), args.model / part / f"{file}.safetensors") for part, file in parts}
     if (mapper := args.model / "mapper" / "model.safetensors").is_file():
-        state = {k.removeprefix("mapper."): v for k, v in read_tensors(mapper).items() if k.startswith("mapper.")}
-        load_strict(model.adapter.mapper, state, "mapper")
+        load_strict(model.adapter.mapper, _mapper_state(mapper), "mapper")
     elif args.keep_mapper and not known["adapter"]:
         raise ValueError(f"keep-mapper must be given with a mapper to keep, got neither mapper/ nor adapter/ in {args.model}")
     mapped = mapper.is_file() or args.keep_mapper

@@ -75,6 +75,18 @@ class RenderingMapper(nn.Module):
         self.register_buffer("mean", torch.zeros(channels, size, size))
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
+    @torch.no_grad()
+    def learn_to_read(self, w_plus: Tensor, latents: Tensor) -> None:
+        """Least-squares read-outs for the mapper's tokens as they are, from codes [N, L, 512] and standardised latents
+        [N, C, h, w]: for a mapper that comes from an adapter, where no read-outs are kept."""
+        high, wide = self.size // self.rows, self.size // self.columns
+        cells = latents.unflatten(3, (self.columns, wide)).unflatten(2, (self.rows, high)).permute(0, 2, 4, 1, 3, 5)
+        for read, tokens, wanted in zip(self.read, self.mapper(w_plus)[..., :self.content].chunk(4, 1), cells.chunk(4, 3)):
+            x, y = F.pad(tokens.flatten(0, 1), (0, 1), value=1.0).double(), wanted.flatten(3).flatten(0, 2).double()
+            solution = torch.linalg.lstsq(x, y).solution.float()
+            read.weight.copy_(solution[:-1].T)
+            read.bias.copy_(solution[-1])
+
     def forward(self, w_plus: Tensor) -> Tensor:
         tokens = self.mapper(w_plus)[..., :self.content].chunk(4, 1)
         high, wide = self.size // self.rows, self.size // self.columns
@@ -114,6 +126,16 @@ class MapperLoss:
         model.mean.copy_(some.mean(0))
         model.std.copy_(some.std((0, 2, 3)).view(-1, 1, 1))
 
+    def target(self, indices: np.ndarray) -> Tensor:
+        """Standardised latents [B, C, h, w] of pictures."""
+        return (self.latents[torch.from_numpy(indices)].to(self.device).float() - self.model.mean) / self.model.std
+
+    def learn_to_read(self, pictures: int = 4000) -> None:
+        """`RenderingMapper.learn_to_read` on some of the people."""
+        some = np.linspace(0, len(self.latents) - 1, min(pictures, len(self.latents))).astype(int)
+        codes = torch.from_numpy(self.w[some].astype(np.float32)).to(self.device)[:, None]
+        self.model.learn_to_read(codes.expand(-1, sum(self.model.mapper.config.groups), -1), self.target(some))
+
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
         indices = rng.integers(len(self.latents), size=self.batch_size)
         noise = rng.normal(size=(self.batch_size, 1, 512)) * self.code_noise * rng.random((self.batch_size, 1, 1))
@@ -122,8 +144,7 @@ class MapperLoss:
             encoded = rng.random(self.batch_size) < self.encoded
             w_plus[encoded] = self.codes[indices[encoded]]
         output = self.model(torch.from_numpy(w_plus.astype(np.float32)).to(self.device)).float()
-        target = (self.latents[torch.from_numpy(indices)].to(self.device).float() - self.model.mean) / self.model.std
-        return F.mse_loss(output, target), {}
+        return F.mse_loss(output, self.target(indices)), {}
 
 
 @torch.no_grad()
