@@ -39,7 +39,8 @@ def build(job: dict) -> dict:
     parser = trt.OnnxParser(network, log)
     # By path, not by bytes: the weights lie in the safetensors files beside the graph.
     if not parser.parse_from_file(job["onnx"]):
-        raise RuntimeError("; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors)) or log.last)
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise RuntimeError("; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or log.last)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
     config.progress_monitor = monitor = _monitor(trt)

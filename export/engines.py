@@ -6,6 +6,7 @@ Imports no torch: on a small machine that memory belongs to the builder.
 
 import hashlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def plan(bundle: Bundle, engines: EngineSet, shapes: Shapes) -> list[Job]:
 
 def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes) -> Job:
     file, known = bundle.graph(graph).file, bundle.manifest.files
-    axes, locations, size = _read_graph(bundle.file(file))
+    axes, locations, size = read_graph(bundle.file(file))
     for location in locations - set(known):
         raise ExportError(f"graph {graph} must keep its weights in files of the bundle, got {location}")
     digest = hashlib.sha256("".join(f"{l} {known[l].sha256}\n" for l in sorted(locations)).encode()).hexdigest()
@@ -122,19 +123,21 @@ def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes) -> Job:
                EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles), size)
 
 
-def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], set[str], int]:
-    """Inputs with their axes, files of external data, and bytes of weights in all, of an .onnx file."""
+def read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], set[str], int]:
+    """Of an .onnx file: inputs with their axes, files of external data, and bytes of weights in the type that computes."""
     try:
         import onnx
     except ImportError as error:
         raise ExportError("pidiff-export needs the extra 'export' (pip install 'pidiff-edge[export]'), got no onnx") from error
     graph = onnx.load(path, load_external_data=False).graph
     axes = {i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.input}
+    widened = {n.input[0] for n in graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT}
     locations, size = set(), 0
     for tensor in graph.initializer:
         entries = {e.key: e.value for e in tensor.external_data}
         locations |= {entries["location"]} if entries else set()
-        size += int(entries["length"]) if entries else len(tensor.raw_data)
+        stored = int(entries["length"]) if entries else len(tensor.raw_data)
+        size += max(stored, 4 * math.prod(tensor.dims)) if tensor.name in widened else stored
     return axes, locations, size
 
 

@@ -168,7 +168,7 @@ class BundleWriter:
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path = None
-        if error is not None and _is_disk_full(error):
+        if error is not None and is_disk_full(error):
             raise BundleError(f"out must be on a disk with enough room, got a full disk writing {self.out}") from error
 
     def commit(self, **fields):
@@ -292,7 +292,7 @@ def _describe_missing(path, error):
     return f"bundle {path} must be readable, got: {reason(error)}"
 
 
-def _is_disk_full(error):
+def is_disk_full(error):
     """Tell whether an exception means that no room was left; other libraries hide the errno in their text."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True

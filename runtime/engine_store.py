@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from .bundle import Bundle, sha256_file
+from .bundle import Bundle, is_disk_full, sha256_file
 from .engine_specs import ENGINE_FOLDER, EngineSet, engine_path
 from .errors import BundleError
 from .files import reason
@@ -50,9 +50,11 @@ class EngineStore:
         self._sweep()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
         self._sweep()
         os.close(self._lock)
+        if error is not None and is_disk_full(error):
+            raise BundleError(f"bundle must be on a disk with enough room, got a full disk writing {self.path}") from error
 
     def part(self, engines, graph):
         """Return the path to build an engine into; it is no part of the bundle until `add`."""
