@@ -65,9 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.check or args.engine:
             return engine_commands.run(args, argv)
         return _run(args)
-    except KeyboardInterrupt:
-        kept = f"{args.into or args.out} is whole, with the engines that are done; --into goes on from there"
-        return _fail(f"interrupted; {kept if args.engine else 'nothing was written'}", 130)
+    except KeyboardInterrupt as stopped:
+        return _fail(f"interrupted; {str(stopped) or 'nothing was written'}", 130)
     except Exception as error:
         if args.debug:
             raise

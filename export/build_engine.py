@@ -2,7 +2,7 @@
 
 Imports neither torch nor numpy: what they would hold is memory that a build needs. A crash of TensorRT, or the kernel's
 killer, ends this process and no other. Job: a JSON object on stdin. Answer: lines `done total` on stdout as the build
-goes on, then a JSON object; messages on stderr, the last of which is the reason where the exit status is 1.
+goes on, then a JSON object; where the exit status is 1, the reason on stderr.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ _SET_PARENT_DEATH_SIGNAL = 1        # prctl option, Linux
 
 
 def main() -> None:
-    """Read a job, build, write, and exit with 0, or with 1 after a message on stderr."""
+    """Read a job, build, write, and exit with 0, or with 1 after the reason on stderr."""
     _die_with_parent()
     try:
         print(json.dumps(build(json.load(sys.stdin))), flush=True)
@@ -40,7 +40,7 @@ def build(job: dict) -> dict:
     # By path, not by bytes: the weights lie in the safetensors files beside the graph.
     if not parser.parse_from_file(job["onnx"]):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise RuntimeError("; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or log.last)
+        raise RuntimeError("; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or log.first)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
     config.progress_monitor = monitor = _monitor(trt)
@@ -50,7 +50,7 @@ def build(job: dict) -> dict:
         for name, (low, best, high) in shapes.items():
             profile.set_shape(name, low, best, high)
         if config.add_optimization_profile(profile) < 0:
-            raise RuntimeError(f"the profile {shapes} was refused: {log.last}")
+            raise RuntimeError(f"the profile {shapes} was refused: {log.first}")
     del parser
     _write(trt, builder, network, config, job["out"], log)
     del monitor
@@ -73,7 +73,7 @@ def _write(trt, builder, network, config, out: str, log) -> None:
     with open(out, "wb") as file:
         writer = _writer(trt, file)
         if not builder.build_serialized_network_to_stream(network, config, writer):
-            raise writer.error or RuntimeError(log.last or "the build ended without an engine and without a reason")
+            raise writer.error or RuntimeError(log.first or "the build ended without an engine and without a reason")
         file.flush()
         os.fsync(file.fileno())
 
@@ -120,17 +120,15 @@ def _monitor(trt):
 
 def _logger(trt):
     class Logger(trt.ILogger):
-        """Warnings and errors to stderr; `last` is the newest error."""
+        """Keeps the first error: those after it are its consequences, down to one about a missing CUDA driver."""
 
         def __init__(self):
             trt.ILogger.__init__(self)
-            self.last = ""
+            self.first = ""
 
         def log(self, severity, message):
-            if severity <= trt.ILogger.Severity.WARNING:
-                print(" ".join(message.split()), file=sys.stderr, flush=True)
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.last = " ".join(message.split())
+            if severity <= trt.ILogger.Severity.ERROR and not self.first:
+                self.first = message
 
     return Logger()
 

@@ -90,7 +90,10 @@ def _build(path: Path, options: EngineOptions, quiet: bool) -> int:
             bar.set_postfix_str(f"{graph} {done:.0%}")
             bar.update(done == 1)
 
-        engines, peaks = add_engines(path, options, report)
+        try:
+            engines, peaks = add_engines(path, options, report)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{path} is whole, with the engines that are done; --into goes on from there") from None
     if not quiet:
         files = Bundle.open(path, verify=False).manifest.files
         print(f"{'engine':<18}{'MiB':>10}{'memory to build, MiB':>24}")

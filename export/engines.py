@@ -7,6 +7,7 @@ Imports no torch: on a small machine that memory belongs to the builder.
 import hashlib
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def _build(job: Job, engines: EngineSet, workspace: int, part: Path, report: Rep
         said = messages.read().split("\n")
     if status or not answer:
         raise ExportError(f"graph {job.graph} must be built by {engines.backend} {engines.version}, "
-                          f"got {_what_happened(status, said)}; engines that are done are kept")
+                          f"got {_what_happened(status, said, workspace)}; engines that are done are kept")
     return answer["peak_rss"]
 
 
@@ -186,9 +187,15 @@ def _lines(stdout) -> Iterator[tuple[float, dict | None]]:
             yield min(done / max(total, 1), 0.99), None
 
 
-def _what_happened(status: int, said: list[str]) -> str:
+def _what_happened(status: int, said: list[str], workspace: int) -> str:
     if status == -signal.SIGKILL:
         return "its builder killed, most likely because memory ran out"
     if status < 0:
         return f"its builder crashed ({signal.Signals(-status).name})"
-    return next((line.strip() for line in reversed(said) if line.strip()), f"exit status {status} of its builder")[:300]
+    reason = next((line.strip() for line in reversed(said) if line.strip()), f"exit status {status} of its builder")
+    scratch = re.search(r"OutOfMemory \(Requested size was (\d+) bytes", reason)
+    if scratch:
+        # What the layer's last way of working asked for; its others, and other layers, may ask for more.
+        enough = max(2 * workspace, math.ceil(int(scratch[1]) / 2**20))
+        return f"a layer that needs more scratch memory than {workspace} MiB: try --workspace {enough}"
+    return reason[:300]

@@ -132,7 +132,7 @@ class Bundle:
 
     def encoder_id(self):
         """Return a digest that names the W+ encoder: two bundles of one checkpoint share it, whatever their precision."""
-        files = {k: v.sha256 for k, v in self.manifest.files.items()}
+        files = {k: v.sha256 for k, v in self.manifest.files.items() if not k.startswith(f"{ENGINE_FOLDER}/")}
         parts = next(filter(None, ([v for k, v in sorted(digests.items()) if "w_plus_encoder" in k]
                                    for digests in (self.manifest.sources, files))), [])
         return hashlib.sha256("".join(parts).encode()).hexdigest()

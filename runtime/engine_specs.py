@@ -16,8 +16,9 @@ from .errors import BundleError
 from .strict import Reader, short
 
 ENGINE_FOLDER = "engines"
-# backend -> GPU targets that it can build for; the order is by number
-TARGETS = {"tensorrt-rtx": ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")}
+# backend -> GPU targets that it can build a bundle's graphs for, by number. TensorRT-RTX has sm75 (Turing) too, but no float32
+# matrix product there, which the conditioners need.
+TARGETS = {"tensorrt-rtx": ("sm80", "sm86", "sm89", "sm120", "sm121")}
 BACKENDS = tuple(TARGETS)
 _TARGET = re.compile(r"sm[1-9][0-9]{1,2}")
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.]{0,31}")

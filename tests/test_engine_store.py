@@ -147,6 +147,12 @@ def test_strict_fields(bundle, change, match):
 
 # --- adding ----------------------------------------------------------------------------------------------------------
 
+def test_engines_do_not_change_who_enrolled_a_person(plain, bundle):
+    """`encoder_id` is made of the encoder's files; an engine of the encoder is not one of them."""
+    before = Bundle.open(plain).encoder_id()
+    assert Bundle.open(add(bundle, w_plus_encoder=b"engine")).encoder_id() == before
+
+
 def test_leftovers_are_no_part_of_the_bundle_and_are_removed(bundle):
     folder = bundle / "engines" / "tensorrt-rtx-sm75-1.0"
     folder.mkdir()

@@ -82,7 +82,7 @@ def files(path):
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, words", [
-    (["--target", "sm87"], "target must be host or among sm75, sm80, sm86, sm89, sm120, sm121 for tensorrt-rtx, got sm87"),
+    (["--target", "sm87"], "target must be host or among sm80, sm86, sm89, sm120, sm121 for tensorrt-rtx, got sm87"),
     (["--target", "sm86,"], "target must be host or among .*, got nothing"),
     (["--target", "8.9"], "got 8.9"),
     (["--batch", "0"], "batch must be N or MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 64, got 0"),
@@ -120,7 +120,7 @@ def _no_gpu(action):
 def test_host_is_the_gpu_that_is_here(monkeypatch):
     monkeypatch.setattr(engines, "find_gpu", lambda: (Gpu("GPU", "sm120", "13.0"), ""))
     assert engines.parse_targets("host", "tensorrt-rtx") == ("sm120",)
-    assert engines.parse_targets("sm89,host,sm75,sm89", "tensorrt-rtx") == ("sm75", "sm89", "sm120")
+    assert engines.parse_targets("sm89,host,sm80,sm89", "tensorrt-rtx") == ("sm80", "sm89", "sm120")
 
 
 def test_not_installed(capsys, bundle, monkeypatch):
@@ -203,6 +203,7 @@ def test_other_weights_are_another_engine(tmp_path, builder, monkeypatch):
     ("os.abort()", "its builder crashed (SIGABRT)"),
     ("os.kill(os.getpid(), signal.SIGKILL)", "its builder killed, most likely because memory ran out"),
     ("sys.exit('warning\\nthe reason')", "got the reason; engines"),
+    ("sys.exit('Error Code 2: OutOfMemory (Requested size was 1172729902 bytes.)')", "a layer that needs more scratch memory than 1024 MiB: try --workspace 2048;"),
     ("sys.exit(7)", "exit status 7 of its builder"),
     ("os._exit(0)", "exit status 0 of its builder"),
 ])

@@ -41,7 +41,7 @@ def machine(monkeypatch):
     return make
 
 
-TURING, HOPPER, BLACKWELL = (Gpu("GPU", t, "13.0") for t in ("sm75", "sm90", "sm120"))
+A100, HOPPER, BLACKWELL = (Gpu("GPU", t, "13.0") for t in ("sm80", "sm90", "sm120"))
 CASES = {
     "fits": ({}, "ok", 0, "ok", None),
     "no driver": ({"gpu": None}, "fallback", 5, "falls back to onnxruntime: no NVIDIA driver", None),
@@ -50,8 +50,8 @@ CASES = {
     "another version": ({"version": "1.8"}, "rebuild", 4, "rebuild: it was built by tensorrt-rtx 1.7.1.116, here is 1.8", "sm86,sm89"),
     "both differ": ({"version": "1.8", "gpu": BLACKWELL}, "rebuild", 4, "here is 1.8", "sm120"),
     "newer card": ({"gpu": BLACKWELL}, "slower", 3, "slower than it could be: it was built for sm86, sm89, here is sm120", "sm120"),
-    "older card": ({"gpu": TURING, "validity": ("invalid", ("unsupported_cc",))}, "rebuild", 4, "it was built for sm86, sm89, here is sm75",
-                   "sm75"),
+    "older card": ({"gpu": A100, "validity": ("invalid", ("unsupported_cc",))}, "rebuild", 4, "it was built for sm86, sm89, here is sm80",
+                   "sm80"),
     "suboptimal": ({"validity": ("suboptimal", ())}, "slower", 3, "slower than it could be: tensorrt-rtx calls it suboptimal", "sm86,sm89"),
     "old driver": ({"validity": ("invalid", ("old_cuda_driver",))}, "fallback", 5, "the NVIDIA driver is too old for it", None),
     "little memory": ({"validity": ("invalid", ("insufficient_gpu_memory",))}, "fallback", 5, "too little memory", None),
