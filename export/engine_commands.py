@@ -11,7 +11,7 @@ from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.engine_specs import BACKENDS
 from pidiff.runtime.preflight import ENGINE_GRAPHS, FALLBACK, VERDICTS, preflight
 
-from .engines import DEFAULT_TARGETS, DEFAULT_WORKSPACE, PYTHON, EngineOptions, add_engines, parse_targets
+from .engines import DEFAULT_TARGETS, DEFAULT_WORKSPACE, PYTHON, EngineOptions, add_engines, parse_targets, require_backend
 from .errors import ExportError
 from .profiles import MAX_BATCH, MAX_PEOPLE, Range, Shapes
 
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.into is None:
         if (args.out / "manifest.json").is_file():
             raise ExportError(f"out must be a new or empty directory, got the bundle {args.out}: --into adds engines to it")
+        require_backend(args.engine)             # not after minutes of export
         if status := _export(argv):
             return status
     return _build(args.into or args.out, options, args.quiet)

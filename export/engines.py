@@ -77,6 +77,14 @@ def parse_targets(text: str, backend: str) -> tuple[str, ...]:
     return tuple(t for t in known if t in targets)
 
 
+def require_backend(backend: str) -> str:
+    """Return the installed version of a backend; ExportError says how to install it if there is none."""
+    version, why = installed_version(backend)
+    if version is None:
+        raise ExportError(f"engine must be installed, got {backend}: {why}")
+    return version
+
+
 def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: None) -> tuple[EngineSet, dict[str, int]]:
     """Build the engines that the bundle at `path` lacks; returns the set and the builders' peak memory, graph -> bytes.
 
@@ -84,9 +92,7 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
     same targets and another version are removed at the end. Raises ExportError or BundleError in one sentence; what was
     built before it stays in the bundle.
     """
-    version, why = installed_version(options.backend)
-    if version is None:
-        raise ExportError(f"engine must be installed, got {options.backend}: {why}")
+    version = require_backend(options.backend)
     with EngineStore(path) as store:
         engines = EngineSet(options.backend, version, options.targets, {})
         jobs = [j for j in plan(Bundle(path, store.manifest), engines, options.shapes)
@@ -108,7 +114,8 @@ def plan(bundle: Bundle, engines: EngineSet, shapes: Shapes) -> list[Job]:
     """What a whole set of engines consists of, in the order of ENGINE_GRAPHS."""
     if bundle.manifest.attention != "standard":
         raise ExportError(f"attention must be standard for {engines.backend}, which takes no plug-ins, "
-                          f"got a bundle with {bundle.manifest.attention} attention: export it again with --engine {engines.backend}")
+                          f"got a bundle with {bundle.manifest.attention} attention: export it again with "
+                          f"--engine {engines.backend}")
     return [_job(bundle, engines, graph, shapes) for graph in ENGINE_GRAPHS]
 
 

@@ -82,7 +82,8 @@ def files(path):
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, words", [
-    (["--target", "sm87"], "target must be host or among sm80, sm86, sm89, sm120, sm121 for tensorrt-rtx, got sm87"),
+    (["--target", "sm87"],
+     "target must be host or among sm80, sm86, sm89, sm120, sm121 for tensorrt-rtx, got sm87"),
     (["--target", "sm86,"], "target must be host or among .*, got nothing"),
     (["--target", "8.9"], "got 8.9"),
     (["--batch", "0"], "batch must be N or MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= 64, got 0"),
@@ -123,9 +124,12 @@ def test_host_is_the_gpu_that_is_here(monkeypatch):
     assert engines.parse_targets("sm89,host,sm80,sm89", "tensorrt-rtx") == ("sm80", "sm89", "sm120")
 
 
-def test_not_installed(capsys, bundle, monkeypatch):
+def test_not_installed_is_told_before_an_export_begins(capsys, bundle, monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "installed_version", lambda backend: (None, "tensorrt_rtx is not installed (pip install x)"))
-    assert "engine must be installed, got tensorrt-rtx: tensorrt_rtx is not" in refused(capsys, "--into", bundle, "--engine", "tensorrt-rtx")
+    for arguments in (("--into", bundle), ("mini", tmp_path / "out")):
+        assert "engine must be installed, got tensorrt-rtx: tensorrt_rtx is not" in refused(
+            capsys, *arguments, "--engine", "tensorrt-rtx")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--into", "b"], ["mini", "out", "--into", "b", "--engine", "tensorrt-rtx"], ["mini"],
@@ -140,7 +144,8 @@ def test_wrong_usage(arguments, capsys):
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 def test_profiles_are_static_and_the_unet_has_two(plain):
-    shape = lambda graph, name, shapes=Shapes(), **axes: [p[name] for p in profiles_of(Bundle.open(plain, False), graph, axes, shapes)]
+    opened = Bundle.open(plain, False)
+    shape = lambda graph, name, shapes=Shapes(), **axes: [p[name] for p in profiles_of(opened, graph, axes, shapes)]
     axes = {"latents": ("B", 4, 4, 4), "id_mask": ("B", "P", 4, 4)}
     assert shape("unet", "id_mask", **axes) == [[[2, 1, 4, 4]] * 3, [[1, 1, 4, 4]] * 3]
     wide = Shapes(Range(1, 2, 4), Range(1, 2, 3))
@@ -203,7 +208,8 @@ def test_other_weights_are_another_engine(tmp_path, builder, monkeypatch):
     ("os.abort()", "its builder crashed (SIGABRT)"),
     ("os.kill(os.getpid(), signal.SIGKILL)", "its builder killed, most likely because memory ran out"),
     ("sys.exit('warning\\nthe reason')", "got the reason; engines"),
-    ("sys.exit('Error Code 2: OutOfMemory (Requested size was 1172729902 bytes.)')", "a layer that needs more scratch memory than 1024 MiB: try --workspace 2048;"),
+    ("sys.exit('Error Code 2: OutOfMemory (Requested size was 1172729902 bytes.)')",
+     "a layer that needs more scratch memory than 1024 MiB: try --workspace 2048;"),
     ("sys.exit(7)", "exit status 7 of its builder"),
     ("os._exit(0)", "exit status 0 of its builder"),
 ])
@@ -219,7 +225,8 @@ def test_a_crash_names_the_graph_and_keeps_the_rest(capsys, bundle, builder, mis
 
 
 def test_interrupt_ends_the_builder_and_keeps_the_rest(capsys, bundle, builder, tmp_path):
-    builder("unet", f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); os.kill(os.getppid(), signal.SIGINT); time.sleep(600)")
+    builder("unet", f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
+                    "os.kill(os.getppid(), signal.SIGINT); time.sleep(600)")
     said = refused(capsys, "--into", bundle, "--engine", "tensorrt-rtx", status=130)
     assert f"interrupted; {bundle} is whole, with the engines that are done" in said
     assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}")
@@ -228,7 +235,8 @@ def test_interrupt_ends_the_builder_and_keeps_the_rest(capsys, bundle, builder, 
 
 
 def test_a_builder_dies_with_the_exporter(tmp_path):
-    code = "from pidiff.export import build_engine; build_engine._die_with_parent(); print('ready', flush=True); import time; time.sleep(600)"
+    code = ("from pidiff.export import build_engine; build_engine._die_with_parent(); print('ready', flush=True); "
+            "import time; time.sleep(600)")
     parent = ("import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE);"
               "p.stdout.readline(); print(p.pid, flush=True); time.sleep(600)")
     exporter = subprocess.Popen([sys.executable, "-c", parent, code], stdout=subprocess.PIPE, cwd=tmp_path)
@@ -278,7 +286,8 @@ def test_a_container_has_its_own_limit(tmp_path, monkeypatch):
     assert machine > 100 << 20
     (tmp_path / "memory.max").write_text("max\n")
     assert abs(memory.available_memory() - machine) < 4 << 30
-    for name, text in {"memory.max": "1000000\n", "memory.current": "400000\n", "memory.stat": "anon 5\ninactive_file 100000\n"}.items():
+    for name, text in {"memory.max": "1000000\n", "memory.current": "400000\n",
+                       "memory.stat": "anon 5\ninactive_file 100000\n"}.items():
         (tmp_path / name).write_text(text)
     assert memory.available_memory() == 700_000
 
@@ -300,7 +309,8 @@ def test_real_engines_of_a_tiny_bundle(bundle, rtx, capsys):
     for graph in ENGINE_GRAPHS:
         engine = opened.engine(engine_set.id, graph)
         assert engine[:4] == b"vtrt" and len(engine) > 1000
-        assert tensorrt.validity("tensorrt-rtx", bytes(engine[:tensorrt.header_size("tensorrt-rtx")]))[0] in ("valid", "suboptimal", "invalid")
+        header = bytes(engine[:tensorrt.header_size("tensorrt-rtx")])
+        assert tensorrt.validity("tensorrt-rtx", header)[0] in ("valid", "suboptimal", "invalid")
     assert len(engine_set.graphs["unet"].profiles) == 2
     times = {p: p.stat().st_mtime_ns for p in bundle.rglob("*.engine")}
     assert build(bundle, "--batch", "1:2:4", "--people", "1:1:2") == 0
@@ -325,7 +335,8 @@ def test_real_engines_of_mini_from_one_command(rtx, tmp_path):
     """The user's command: export in a process with torch, builds in processes without."""
     pytest.importorskip("torch")
     command = ["pidiff-export", "mini", str(tmp_path / "out"), "--fp16", "--engine", "tensorrt-rtx", "--target", "sm120,sm89,sm86"]
-    code = f"import sys; sys.argv = {command!r}; from pidiff.export.__main__ import main; status = main(); assert 'torch' not in sys.modules; sys.exit(status)"
+    code = (f"import sys; sys.argv = {command!r}; from pidiff.export.__main__ import main; status = main(); "
+            "assert 'torch' not in sys.modules; sys.exit(status)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "mini, fp16, standard attention, opset 18" in done.stdout
