@@ -43,7 +43,7 @@ def build(job: dict) -> dict:
         raise RuntimeError("; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or log.first)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
-    config.progress_monitor = monitor = _monitor(trt)
+    config.progress_monitor = monitor = _monitor(trt)       # noqa: F841, held here while TensorRT calls it
     _set_targets(trt, config, job["targets"])
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
@@ -51,9 +51,8 @@ def build(job: dict) -> dict:
             profile.set_shape(name, low, best, high)
         if config.add_optimization_profile(profile) < 0:
             raise RuntimeError(f"the profile {shapes} was refused: {log.first}")
-    del parser
+    # The parser owns the weights: it must live until the engine is written, as `parser` does here.
     _write(trt, builder, network, config, job["out"], log)
-    del monitor
     return {"peak_rss": _peak_rss()}
 
 

@@ -311,6 +311,8 @@ def test_real_engines_of_a_tiny_bundle(bundle, rtx, capsys):
         assert engine[:4] == b"vtrt" and len(engine) > 1000
         header = bytes(engine[:tensorrt.header_size("tensorrt-rtx")])
         assert tensorrt.validity("tensorrt-rtx", header)[0] in ("valid", "suboptimal", "invalid")
+    table = onnx.load(bundle / "text_encoder.onnx").graph.initializer[0].raw_data
+    assert len(table) > 100 and table in opened.engine(engine_set.id, "text_encoder"), "the weights are the graph's"
     assert len(engine_set.graphs["unet"].profiles) == 2
     times = {p: p.stat().st_mtime_ns for p in bundle.rglob("*.engine")}
     assert build(bundle, "--batch", "1:2:4", "--people", "1:1:2") == 0
