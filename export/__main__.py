@@ -8,6 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from . import engine_commands
+
 EPILOG = """\
 MODEL is a folder in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) with two folders of PIDiff,
 w_plus_encoder/ and adapter/, or the published files --encoder and --adapter in place of these. A bundle is such a folder
@@ -19,18 +21,22 @@ the graphs point into. Every graph is run in ONNX Runtime and compared with PyTo
   pidiff-export mini out/mini-fp16 --fp16                       the shipped model in half precision
   pidiff-export mini out/mini-plain --attention standard        without custom nodes, for any ONNX engine
   pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
+  pidiff-export mini out/mini-rtx --fp16 --engine tensorrt-rtx  with engines for RTX cards; no GPU is needed to build them
+  pidiff-export --into out/mini-rtx --engine tensorrt-rtx --target host       more engines, or the rest of a stopped build
+  pidiff-export --check out/mini-rtx                            will the engines run here? status: see --check
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pidiff-export", description="Write a bundle that the PIDiff runtime loads, from a PyTorch model.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="'mini' (the shipped model) or a model folder")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist, or be empty")
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="'mini' (the shipped model) or a model folder")
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder to make; must not exist, or be empty")
     parser.add_argument("--fp16", action="store_true", help="store and compute in float16 (default: compute in float32)")
-    parser.add_argument("--attention", choices=("fused", "standard"), default="fused",
-                        help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain ONNX")
+    parser.add_argument("--attention", choices=("fused", "standard"),
+                        help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain "
+                             "ONNX (implied by --engine)")
     parser.add_argument("--opset", type=int, choices=(18, 23), default=18, help="ONNX opset; 23 has its own Attention node (default 18)")
     parser.add_argument("--adapter", metavar="FILE", type=Path, help="published W+ Adapter weights (wplus_adapter.bin)")
     parser.add_argument("--encoder", metavar="FILE", type=Path, help="published e4e encoder (e4e_ffhq_encode.pt)")
@@ -39,19 +45,28 @@ def build_parser() -> argparse.ArgumentParser:
     defaults.add_argument("--solver", choices=("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"))
     defaults.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     defaults.add_argument("--guidance-scale", type=float, metavar="X")
+    engine_commands.add_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 an error that was told in one sentence, 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    """Run the command; returns the exit status: 0 done, 1 an error that was told in one sentence, 130 interrupted.
+
+    With --check: what `pidiff.runtime.preflight` found, see VERDICTS there.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    engine_commands.check_arguments(parser, args)
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if args.check or args.engine:
+            return engine_commands.run(args, argv)
         return _run(args)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+    except KeyboardInterrupt as stopped:
+        return _fail(f"interrupted; {str(stopped) or 'nothing was written'}", 130)
     except Exception as error:
         if args.debug:
             raise
@@ -80,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"MODEL must be mini or an existing folder, got {args.model}")
     source = Source(folder, args.adapter, args.encoder)
     sampling = {"solver": args.solver, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    options = ExportOptions(Form(args.attention, args.opset), args.fp16, args.name,
+    options = ExportOptions(Form(args.attention or "fused", args.opset), args.fp16, args.name,
                             {k: v for k, v in sampling.items() if v is not None})
     with tqdm(total=STEPS, unit="graph", desc="export", leave=False, disable=args.quiet) as bar:
         def report(name: str) -> None:

@@ -13,14 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .errors import ExportError
+
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
          "I32": torch.int32, "BOOL": torch.bool}
 _NAMES = {v: k for k, v in TYPES.items()}
 _ALIGNMENT = 64
-
-
-class ExportError(ValueError):
-    """An export that cannot be done; the message is one sentence."""
 
 
 @dataclass(frozen=True)

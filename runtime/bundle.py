@@ -5,6 +5,7 @@
            weights/*.safetensors    the weights under their PyTorch names, stored once
            tokenizer/, config/      text files of the tokenizer and the PyTorch configurations
            schedule.json            noise schedule; directions.safetensors: edit directions [L,512], one per name
+           engines/NAME/*.engine    graphs compiled for certain GPUs (engine_specs.py); added later by engine_store.py
 
 Reading: the tree is compared with the manifest and every file is hashed before any parser or engine sees it.
 Writing: into a temporary directory beside the target, renamed when whole.
@@ -21,12 +22,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .engine_specs import ENGINE_FOLDER
 from .errors import BundleError
 from .files import reason, umask
 from .manifest import (
     MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, SCHEMA_VERSION, FileSpec, GraphSpec, IdentitySpec, Manifest, ModelSpec,
-    TensorSpec, UNetSpec, check_path, parse_json, to_plain,
+    TensorSpec, UNetSpec, check_path,
 )
+from .strict import parse_json, to_plain
 
 __all__ = ["Bundle", "BundleError", "BundleWriter", "FileSpec", "GraphSpec", "IdentitySpec", "Manifest", "ModelSpec",
            "TensorSpec", "UNetSpec", "SCHEMA_VERSION", "shipped_bundle", "sha256_file"]
@@ -70,10 +73,33 @@ class Bundle:
         return cls(path, manifest)
 
     def file(self, relative):
-        """Return the path of a file that the manifest lists; BundleError if it does not."""
+        """Return the path of a file that the manifest lists; BundleError if it does not, or if it is an engine."""
         if relative not in self.manifest.files:
             raise BundleError(f"bundle {self.path} must hold {relative}, got a bundle without it")
+        if relative.startswith(f"{ENGINE_FOLDER}/"):
+            raise BundleError(f"engines must be taken with Bundle.engine, which checks them first, got {relative}")
         return self.path / relative
+
+    def engine(self, name, graph, limit=None):
+        """Return the content of a compiled graph from the set of engines `name`, or its first `limit` bytes.
+
+        An engine is code. It is hashed here, whatever `open` did, and what was hashed is what is returned. Raises
+        BundleError if there is none, or if it is not what the manifest lists.
+        """
+        engines = self.manifest.engines.get(name)
+        if engines is None or graph not in engines.graphs:
+            raise BundleError(f"bundle {self.path} must hold an engine {name} of {graph}, got a bundle without it")
+        relative = engines.graphs[graph].file
+        digest, data = hashlib.sha256(), bytearray()
+        try:
+            with _open_regular(self.path / relative) as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+                    data += piece if limit is None else piece[:max(0, limit - len(data))]
+        except OSError as e:
+            raise BundleError(f"bundle {self.path} must hold {relative}, got: {reason(e)}") from e
+        _check_digest(relative, digest.hexdigest(), self.manifest.files[relative].sha256)
+        return data
 
     def graph(self, name):
         """Return the GraphSpec of a graph; BundleError if the bundle has none of that name."""
@@ -106,7 +132,7 @@ class Bundle:
 
     def encoder_id(self):
         """Return a digest that names the W+ encoder: two bundles of one checkpoint share it, whatever their precision."""
-        files = {k: v.sha256 for k, v in self.manifest.files.items()}
+        files = {k: v.sha256 for k, v in self.manifest.files.items() if not k.startswith(f"{ENGINE_FOLDER}/")}
         parts = next(filter(None, ([v for k, v in sorted(digests.items()) if "w_plus_encoder" in k]
                                    for digests in (self.manifest.sources, files))), [])
         return hashlib.sha256("".join(parts).encode()).hexdigest()
@@ -142,7 +168,7 @@ class BundleWriter:
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path = None
-        if error is not None and _is_disk_full(error):
+        if error is not None and is_disk_full(error):
             raise BundleError(f"out must be on a disk with enough room, got a full disk writing {self.out}") from error
 
     def commit(self, **fields):
@@ -157,7 +183,7 @@ class BundleWriter:
             path = self.path / relative
             files[relative] = {"sha256": sha256_file(path), "size": path.stat().st_size}
             _fsync(path)
-        draft = {"scheduler": {}, "sources": {}, "licences": {}, "tools": {}, "parity": {}, **fields}
+        draft = {"scheduler": {}, "sources": {}, "licences": {}, "tools": {}, "parity": {}, "engines": {}, **fields}
         manifest = Manifest.from_dict(to_plain({**draft, "files": files, "schema_version": SCHEMA_VERSION}))
         target = self.path / MANIFEST
         target.write_text(json.dumps(manifest.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -186,11 +212,18 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
+def _open_regular(path):
+    """Open a regular file for reading; never follows a link at the last step."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise BundleError(f"{path.name} must be a regular file, got something else")
+    return file
+
+
 def _read_limited(path, limit):
-    """Read a regular file of at most `limit` bytes; never follows a link at the last step."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise BundleError(f"{path.name} must be a regular file, got something else")
+    """Read a regular file of at most `limit` bytes."""
+    with _open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise BundleError(f"{path.name} must be at most {limit} bytes, got more")
@@ -217,11 +250,17 @@ def _list_files(root):
 
 
 def _check_tree(root, files):
-    """Compare names and sizes on disk with the manifest, before anything is read."""
+    """Compare names and sizes on disk with the manifest, before anything is read.
+
+    Under engines/ a file may be there that is not listed: one that is being built, or whose build was killed. Nothing
+    hands it out, and the next build removes it.
+    """
     found = set(_list_files(root)) - {MANIFEST}
     for relative in sorted(set(files) - found):
         raise BundleError(f"{relative} must be present, got a bundle without it")
     for relative in sorted(found - set(files)):
+        if relative.startswith(f"{ENGINE_FOLDER}/"):
+            continue
         raise BundleError(f"files must be listed in manifest.json, got the unlisted {relative}")
     for relative, spec in files.items():
         size = (root / relative).stat().st_size
@@ -234,9 +273,13 @@ def _check_hashes(root, files):
     order = sorted(files, key=lambda p: -files[p].size)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for relative, digest in zip(order, pool.map(lambda p: sha256_file(root / p), order)):
-            if digest != files[relative].sha256:
-                raise BundleError(f"{relative} must have the sha256 {files[relative].sha256[:16]}..., got {digest[:16]}...: "
-                                  "the file was damaged or changed")
+            _check_digest(relative, digest, files[relative].sha256)
+
+
+def _check_digest(relative, digest, expected):
+    if digest != expected:
+        raise BundleError(f"{relative} must have the sha256 {expected[:16]}..., got {digest[:16]}...: "
+                          "the file was damaged or changed")
 
 
 def _describe_missing(path, error):
@@ -249,7 +292,7 @@ def _describe_missing(path, error):
     return f"bundle {path} must be readable, got: {reason(error)}"
 
 
-def _is_disk_full(error):
+def is_disk_full(error):
     """Tell whether an exception means that no room was left; other libraries hide the errno in their text."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True

@@ -1,4 +1,5 @@
-"""Export of the full SD1.5 configuration with random weights: it verifies, and stays under 8 GiB. Slow: minutes, 9 GB of disk."""
+"""Export of the full SD1.5 configuration with random weights: it verifies, and stays under 8 GiB; so do engine builds. Slow:
+minutes, 9 GB of disk."""
 
 import json
 import subprocess
@@ -11,7 +12,10 @@ pytest.importorskip("torch")
 pytest.importorskip("onnx")
 pytest.importorskip("diffusers")
 
+from pidiff.export.engines import read_graph
+from pidiff.export.memory import needed_memory
 from pidiff.runtime.bundle import Bundle
+from pidiff.runtime.preflight import ENGINE_GRAPHS
 
 pytestmark = pytest.mark.slow
 
@@ -45,3 +49,29 @@ def test_sd15_exports_in_8_gib(stored, options, tmp_path, record_property):
     assert len(bundle.manifest.model.unet.channels) == 16 and bundle.manifest.model.image_size == 512
     assert bundle.manifest.parity["unet"]["max_rel"] < (2e-2 if "--fp16" in options else 5e-5)
     assert all(s.size < 2 << 20 for f, s in bundle.manifest.files.items() if f.endswith(".onnx"))
+
+
+def test_sd15_engines_for_three_generations_of_rtx_cards(tmp_path):
+    """No GPU is needed. Each builder stays under 8 GiB and under what was predicted for it; a second run builds nothing."""
+    pytest.importorskip("tensorrt_rtx")
+    if not SCRIPT.is_file():
+        pytest.skip("benchmarks/ is not part of the installed package")
+    subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "model"), "--dtype", "float16"], check=True, capture_output=True)
+    export = "import sys; from pidiff.export.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--fp16", "--engine", "tensorrt-rtx", "--target", "sm86,sm89,sm120"]
+    run = subprocess.run([sys.executable, "-c", export, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    bundle = Bundle.open(tmp_path / "out")
+    engines = next(iter(bundle.manifest.engines.values()))
+    assert engines.targets == ("sm86", "sm89", "sm120") and set(engines.graphs) == set(ENGINE_GRAPHS)
+    assert bundle.manifest.files[engines.graphs["unet"].file].size > 1.5 * 2**30
+    assert engines.graphs["unet"].profiles[0]["latents"] == ((2, 4, 64, 64),) * 3
+    peaks = {words[0]: int(words[2]) << 20 for words in map(str.split, run.stdout.splitlines())
+             if len(words) == 3 and words[0] in ENGINE_GRAPHS}
+    assert set(peaks) == set(ENGINE_GRAPHS)
+    for graph, peak in peaks.items():
+        weights = read_graph(bundle.file(f"{graph}.onnx"))[2]
+        assert peak < min(needed_memory(weights), 8 << 30), graph
+    again = subprocess.run([sys.executable, "-c", export, "--into", *arguments[1:2], *arguments[3:]], cwd=tmp_path,
+                           capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("was there") == len(ENGINE_GRAPHS), again.stderr[-2000:]

@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"pidiff": ROOT / "pidiff", "pidiff.export": ROOT / "export", "pidiff.runtime": ROOT / "runtime"}
 VENDORS = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", "cuda"}
+# What the exporter knows of the runtime beside the bundle's format: engines in it, and where they can run.
+ENGINE_BUILDS = ("pidiff.runtime.engine_specs", "pidiff.runtime.engine_store", "pidiff.runtime.preflight", "pidiff.runtime.cuda",
+                 "pidiff.runtime.engines.tensorrt")
 RUNTIME_DEPENDENCIES = {"numpy", "cv2", "tokenizers", "safetensors", "tqdm"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the repository's sources")
@@ -111,10 +114,21 @@ def test_runtime_needs_only_its_dependencies(name):
 
 @pytest.mark.parametrize("name", [n for n in MODULES if owner(n) == "pidiff.export"])
 def test_export_takes_only_the_bundle_format_from_the_runtime(name):
-    wrong = [
-        m for m, _ in imports(name, MODULES[name]) if under(m, "pidiff.runtime") and not under(m, "pidiff.runtime.bundle")
-    ]
+    wrong = [m for m, _ in imports(name, MODULES[name])
+             if under(m, "pidiff.runtime") and not under(m, "pidiff.runtime.bundle", *ENGINE_BUILDS)]
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["engine_commands", "engines", "build_engine", "profiles", "memory", "errors"])
+def test_engines_are_built_without_torch(name):
+    """Followed through the exporter's own modules; the builder process needs the memory."""
+    pending, seen = [f"pidiff.export.{name}"], set()
+    while pending:
+        module = pending.pop()
+        seen.add(module)
+        found = [m for m, _ in imports(module, MODULES[module])]
+        assert not [m for m in found if m.split(".")[0] in ("torch", "diffusers", "transformers")], module
+        pending += [m for m in found if m in MODULES and under(m, "pidiff") and m not in seen]
 
 
 def test_the_package_itself_imports_nothing():

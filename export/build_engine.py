@@ -1,0 +1,142 @@
+"""The builder process: one ONNX graph in, one engine file out. Run by `engines.py`, one process per graph.
+
+Imports neither torch nor numpy: what they would hold is memory that a build needs. A crash of TensorRT, or the kernel's
+killer, ends this process and no other. Job: a JSON object on stdin. Answer: lines `done total` on stdout as the build
+goes on, then a JSON object; where the exit status is 1, the reason on stderr.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+
+_SET_PARENT_DEATH_SIGNAL = 1        # prctl option, Linux
+
+
+def main() -> None:
+    """Read a job, build, write, and exit with 0, or with 1 after the reason on stderr."""
+    _die_with_parent()
+    try:
+        print(json.dumps(build(json.load(sys.stdin))), flush=True)
+    except (RuntimeError, OSError, ImportError) as error:
+        sys.exit(" ".join(str(error).split()) or type(error).__name__)
+
+
+def build(job: dict) -> dict:
+    """Build an engine.
+
+    job: module (`tensorrt_rtx`), version it must have, onnx and out (paths), targets (["sm86", ...]), workspace in bytes,
+    profiles ([{input: [min, opt, max]}]). Returns {"peak_rss": bytes}. Raises RuntimeError with TensorRT's own words.
+    """
+    trt = importlib.import_module(job["module"])
+    if trt.__version__ != job["version"]:
+        raise RuntimeError(f"{job['module']} must be version {job['version']}, got {trt.__version__}")
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    # By path, not by bytes: the weights lie in the safetensors files beside the graph.
+    if not parser.parse_from_file(job["onnx"]):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise RuntimeError("; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or log.first)
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
+    config.progress_monitor = monitor = _monitor(trt)       # noqa: F841, held here while TensorRT calls it
+    _set_targets(trt, config, job["targets"])
+    for shapes in job["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, (low, best, high) in shapes.items():
+            profile.set_shape(name, low, best, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise RuntimeError(f"the profile {shapes} was refused: {log.first}")
+    # The parser owns the weights: it must live until the engine is written, as `parser` does here.
+    _write(trt, builder, network, config, job["out"], log)
+    return {"peak_rss": _peak_rss()}
+
+
+def _set_targets(trt, config, targets: list[str]) -> None:
+    """Compute capabilities that the engine will run on; only TensorRT-RTX builds for others than this machine's.
+
+    No timing cache is made: TensorRT-RTX ignores its content, and asking for one makes it look for a GPU.
+    """
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index):
+            raise RuntimeError(f"the target {target} was refused")
+
+
+def _write(trt, builder, network, config, out: str, log) -> None:
+    """Build straight into the file: a serialized engine in memory would be a second copy of the weights."""
+    with open(out, "wb") as file:
+        writer = _writer(trt, file)
+        if not builder.build_serialized_network_to_stream(network, config, writer):
+            raise writer.error or RuntimeError(log.first or "the build ended without an engine and without a reason")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _writer(trt, file):
+    class Writer(trt.IStreamWriter):
+        error = None
+
+        def __init__(self):
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data):
+            try:
+                return file.write(data)
+            except OSError as error:          # must not pass through TensorRT's C++ frames
+                self.error = error
+                return 0
+
+    return Writer()
+
+
+def _monitor(trt):
+    class Monitor(trt.IProgressMonitor):
+        """Prints the steps of the outermost phase; phases inside it come and go."""
+
+        def __init__(self):
+            trt.IProgressMonitor.__init__(self)
+            self.root, self.total = None, 0
+
+        def phase_start(self, phase_name, parent_phase, num_steps):
+            if parent_phase is None:
+                self.root, self.total = phase_name, num_steps
+
+        def step_complete(self, phase_name, step):
+            if phase_name == self.root:
+                print(step + 1, self.total, flush=True)
+            return True
+
+        def phase_finish(self, phase_name):
+            pass
+
+    return Monitor()
+
+
+def _logger(trt):
+    class Logger(trt.ILogger):
+        """Keeps the first error: those after it are its consequences, down to one about a missing CUDA driver."""
+
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.first = ""
+
+        def log(self, severity, message):
+            if severity <= trt.ILogger.Severity.ERROR and not self.first:
+                self.first = message
+
+    return Logger()
+
+
+def _peak_rss() -> int:
+    with open("/proc/self/status") as file:
+        return next((int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:")), 0)
+
+
+def _die_with_parent() -> None:
+    """No builder stays behind when the exporter is killed (Linux)."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

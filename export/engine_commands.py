@@ -1,0 +1,122 @@
+"""`pidiff-export --engine`, `--into` and `--check`: the part of the command line that is about compiled engines.
+
+None of it imports torch. With MODEL and OUT the export runs in a process of its own, which is gone when engines are built.
+"""
+
+import argparse
+import subprocess
+from pathlib import Path
+
+from pidiff.runtime.bundle import Bundle
+from pidiff.runtime.engine_specs import BACKENDS
+from pidiff.runtime.preflight import ENGINE_GRAPHS, FALLBACK, VERDICTS, preflight
+
+from .engines import DEFAULT_TARGETS, DEFAULT_WORKSPACE, PYTHON, EngineOptions, add_engines, parse_targets, require_backend
+from .errors import ExportError
+from .profiles import MAX_BATCH, MAX_PEOPLE, Range, Shapes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options about engines to a parser."""
+    group = parser.add_argument_group("engines: graphs compiled for certain GPUs, added to the bundle")
+    group.add_argument("--engine", choices=BACKENDS, help=f"build engines for {', '.join(ENGINE_GRAPHS)}; the other graphs "
+                       f"stay on {FALLBACK}. No GPU is needed. An engine that is there already is not built again")
+    group.add_argument("--into", metavar="BUNDLE", type=Path, help="in place of MODEL and OUT: add engines to this bundle")
+    group.add_argument("--target", default=",".join(DEFAULT_TARGETS), metavar="SM,...",
+                       help="GPUs to build for, or host, the one that is here (default %(default)s: GeForce RTX 30, 40, 50)")
+    group.add_argument("--batch", default="1", metavar="N", help="pictures made at once; N, or MIN:OPT:MAX (default 1)")
+    group.add_argument("--people", default="1", metavar="N", help="people in one picture; N, or MIN:OPT:MAX (default 1)")
+    group.add_argument("--size", metavar="N", help="of pictures in pixels; N, or MIN:OPT:MAX (default: the model's own)")
+    group.add_argument("--workspace", type=int, default=DEFAULT_WORKSPACE, metavar="MIB",
+                       help="GPU scratch memory that a layer may use (default %(default)s MiB)")
+    group.add_argument("--force", action="store_true", help="build even if memory is predicted not to suffice")
+    statuses = ", ".join(f"{status} {name}" for name, status in VERDICTS.items())
+    group.add_argument("--check", metavar="BUNDLE", type=Path, help="say what the engines of a bundle will do on this machine, "
+                       f"before any is loaded; exit status, of the worst graph: {statuses}")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with a usage message unless the arguments name exactly one thing to do."""
+    if args.into or args.check:
+        option = "--into" if args.into else "--check"
+        if args.model is not None or (args.into and args.check):
+            parser.error(f"{option} takes the place of MODEL, OUT and other commands")
+        if args.into and not args.engine or args.check and args.engine:
+            parser.error("--into needs --engine, and --check takes none")
+    elif args.out is None:
+        parser.error("the following arguments are required: MODEL, OUT (or --into BUNDLE, or --check BUNDLE)")
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    """Run the command; returns its exit status. Raises ExportError or BundleError."""
+    if args.check:
+        return _check(args.check, args.quiet)
+    if args.attention == "fused":
+        raise ExportError(f"attention must be standard with --engine {args.engine}, which takes no plug-ins, got fused")
+    size = None if args.size is None else Range.parse("size", args.size, 8192)
+    shapes = Shapes(Range.parse("batch", args.batch, MAX_BATCH), Range.parse("people", args.people, MAX_PEOPLE), size)
+    options = EngineOptions(args.engine, parse_targets(args.target, args.engine), shapes, args.workspace, args.force)
+    if args.into is None:
+        if (args.out / "manifest.json").is_file():
+            raise ExportError(f"out must be a new or empty directory, got the bundle {args.out}: --into adds engines to it")
+        require_backend(args.engine)             # not after minutes of export
+        if status := _export(argv):
+            return status
+    return _build(args.into or args.out, options, args.quiet)
+
+
+def _export(argv: list[str]) -> int:
+    """Run the export without engines, with the same arguments less ours, in a process of its own."""
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_arguments(ours)
+    _, rest = ours.parse_known_args(argv)
+    command = PYTHON[2].format("pidiff.export.__main__", "sys.argv[1:]")
+    # Not in our process group: Ctrl-C reaches us alone, and we pass it on.
+    process = subprocess.Popen([*PYTHON[:2], command, *rest, "--attention", "standard"], start_new_session=True)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        return process.wait()
+    if status < 0:
+        raise ExportError(f"export must end by itself, got killed by signal {-status}")
+    return status
+
+
+def _build(path: Path, options: EngineOptions, quiet: bool) -> int:
+    from tqdm import tqdm
+
+    with tqdm(total=len(ENGINE_GRAPHS), unit="engine", desc="build", leave=False, disable=quiet) as bar:
+        def report(graph: str, done: float) -> None:
+            bar.set_postfix_str(f"{graph} {done:.0%}")
+            bar.update(done == 1)
+
+        try:
+            engines, peaks = add_engines(path, options, report)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{path} is whole, with the engines that are done; --into goes on from there") from None
+    if not quiet:
+        files = Bundle.open(path, verify=False).manifest.files
+        print(f"{'engine':<18}{'MiB':>10}{'memory to build, MiB':>24}")
+        for graph, engine in engines.graphs.items():
+            peak = f"{peaks[graph] / 2**20:.0f}" if graph in peaks else "was there"
+            print(f"{graph:<18}{files[engine.file].size / 2**20:>10.1f}{peak:>24}")
+        print(f"{path}: {engines.id}")
+    return 0
+
+
+def _check(path: Path, quiet: bool) -> int:
+    bundle = Bundle.open(path)
+    found = preflight(bundle)
+    if not quiet:
+        print(f"{path}: {bundle.manifest.name}, {bundle.manifest.precision}; here: {found.here}")
+        if not found.findings:
+            print(f"no engines: every graph runs on {FALLBACK}")
+        for name in dict.fromkeys(f.engines for f in found.findings):
+            print(name or "not built")
+            for finding in found.findings:
+                if finding.engines == name:
+                    print(f"  {finding.graph:<18}{finding}")
+        others = sorted(set(bundle.manifest.graphs) - set(ENGINE_GRAPHS))
+        print(f"on {FALLBACK} by design: {', '.join(others)}")
+    return found.status

@@ -1,0 +1,208 @@
+"""Compiled engines for a bundle: what has to be built, whether there is memory for it, and one builder process per graph
+(`build_engine.py`), each engine going into the bundle as soon as it is done.
+
+Imports no torch: on a small machine that memory belongs to the builder.
+"""
+
+import hashlib
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pidiff.runtime.bundle import Bundle, Manifest
+from pidiff.runtime.cuda import find_gpu
+from pidiff.runtime.engine_specs import TARGETS, EngineFile, EngineSet, engine_path
+from pidiff.runtime.engine_store import EngineStore
+from pidiff.runtime.engines.tensorrt import MODULES, installed_version
+from pidiff.runtime.preflight import ENGINE_GRAPHS
+
+from .errors import ExportError
+from .memory import check_disk, check_memory
+from .profiles import Shapes, profiles_of
+
+DEFAULT_TARGETS = ("sm86", "sm89", "sm120")      # GeForce RTX 30, 40 and 50
+DEFAULT_WORKSPACE = 1024
+# The current folder may hold files of any name: none of them is a module here.
+PYTHON = [sys.executable, "-c", "import sys; sys.path = [p for p in sys.path if p]; from {} import main; sys.exit(main({}))"]
+_BUILDER = [*PYTHON[:2], PYTHON[2].format("pidiff.export.build_engine", "")]
+
+Report = Callable[[str, float], None]            # graph, part of its build that is done (1 = built)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """backend: `tensorrt-rtx`. targets: GPUs to build for. shapes: what the engines take. workspace: MiB of scratch memory
+    that a layer may use on the GPU. force: build even where memory is predicted not to suffice."""
+
+    backend: str = "tensorrt-rtx"
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    shapes: Shapes = Shapes()
+    workspace: int = DEFAULT_WORKSPACE
+    force: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.workspace <= 1 << 20:
+            raise ExportError(f"workspace must be 1 to {1 << 20} MiB, got {self.workspace}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph to build: its .onnx file, the entry that its engine will have in the manifest, and bytes of weights."""
+
+    graph: str
+    onnx: Path
+    engine: EngineFile
+    weight_bytes: int
+
+
+def parse_targets(text: str, backend: str) -> tuple[str, ...]:
+    """Read `sm89,sm120` or `host`, the GPU of this machine; returns the targets in order, each once."""
+    known = TARGETS[backend]
+    targets = set(text.split(","))
+    if "host" in targets:
+        gpu, reason = find_gpu()
+        if gpu is None:
+            raise ExportError(f"target must name GPUs, such as {','.join(DEFAULT_TARGETS)}, on this machine, got host: {reason}")
+        targets = targets - {"host"} | {gpu.target}
+    for target in sorted(targets - set(known)):
+        raise ExportError(f"target must be host or among {', '.join(known)} for {backend}, got {target or 'nothing'}")
+    return tuple(t for t in known if t in targets)
+
+
+def require_backend(backend: str) -> str:
+    """Return the installed version of a backend; ExportError says how to install it if there is none."""
+    version, why = installed_version(backend)
+    if version is None:
+        raise ExportError(f"engine must be installed, got {backend}: {why}")
+    return version
+
+
+def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: None) -> tuple[EngineSet, dict[str, int]]:
+    """Build the engines that the bundle at `path` lacks; returns the set and the builders' peak memory, graph -> bytes.
+
+    An engine is built again only if its graph, weights, shapes, the targets or the version have changed. Engines of the
+    same targets and another version are removed at the end. Raises ExportError or BundleError in one sentence; what was
+    built before it stays in the bundle.
+    """
+    version = require_backend(options.backend)
+    with EngineStore(path) as store:
+        engines = EngineSet(options.backend, version, options.targets, {})
+        jobs = [j for j in plan(Bundle(path, store.manifest), engines, options.shapes)
+                if not _is_built(store.manifest, engines, j)]
+        check_disk(path, {j.graph: j.weight_bytes for j in jobs})
+        if not options.force:
+            check_memory({j.graph: j.weight_bytes for j in jobs})
+        peaks = {}
+        for graph in ENGINE_GRAPHS:
+            for job in (j for j in jobs if j.graph == graph):
+                peaks[graph] = _build(job, engines, options.workspace, store.part(engines, graph), report)
+                store.add(engines, graph, job.engine)
+            report(graph, 1.0)
+        store.drop_older(engines)
+        return store.manifest.engines[engines.id], peaks
+
+
+def plan(bundle: Bundle, engines: EngineSet, shapes: Shapes) -> list[Job]:
+    """What a whole set of engines consists of, in the order of ENGINE_GRAPHS."""
+    if bundle.manifest.attention != "standard":
+        raise ExportError(f"attention must be standard for {engines.backend}, which takes no plug-ins, "
+                          f"got a bundle with {bundle.manifest.attention} attention: export it again with "
+                          f"--engine {engines.backend}")
+    return [_job(bundle, engines, graph, shapes) for graph in ENGINE_GRAPHS]
+
+
+def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes) -> Job:
+    file, known = bundle.graph(graph).file, bundle.manifest.files
+    axes, locations, size = read_graph(bundle.file(file))
+    for location in locations - set(known):
+        raise ExportError(f"graph {graph} must keep its weights in files of the bundle, got {location}")
+    digest = hashlib.sha256("".join(f"{l} {known[l].sha256}\n" for l in sorted(locations)).encode()).hexdigest()
+    profiles = tuple({name: tuple(map(tuple, sizes)) for name, sizes in p.items()}
+                     for p in profiles_of(bundle, graph, axes, shapes))
+    return Job(graph, bundle.path / file,
+               EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles), size)
+
+
+def read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], set[str], int]:
+    """Of an .onnx file: inputs with their axes, files of external data, and bytes of weights in the type that computes."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise ExportError("pidiff-export needs the extra 'export' (pip install 'pidiff-edge[export]'), got no onnx") from error
+    graph = onnx.load(path, load_external_data=False).graph
+    axes = {i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.input}
+    widened = {n.input[0] for n in graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT}
+    locations, size = set(), 0
+    for tensor in graph.initializer:
+        entries = {e.key: e.value for e in tensor.external_data}
+        locations |= {entries["location"]} if entries else set()
+        stored = int(entries["length"]) if entries else len(tensor.raw_data)
+        size += max(stored, 4 * math.prod(tensor.dims)) if tensor.name in widened else stored
+    return axes, locations, size
+
+
+def _is_built(manifest: Manifest, engines: EngineSet, job: Job) -> bool:
+    """Whether the bundle holds this very engine; its file was verified when the store opened."""
+    known = manifest.engines.get(engines.id)
+    return known is not None and known.graphs.get(job.graph) == job.engine
+
+
+def _build(job: Job, engines: EngineSet, workspace: int, part: Path, report: Report) -> int:
+    """Run the builder process for one graph; returns its peak memory in bytes."""
+    request = {"module": MODULES[engines.backend][0], "version": engines.version, "onnx": str(job.onnx.absolute()),
+               "out": str(part.absolute()), "targets": engines.targets, "workspace": workspace << 20,
+               "profiles": job.engine.profiles}
+    answer = {}
+    with tempfile.TemporaryFile("w+") as messages:
+        # Not in our process group: Ctrl-C reaches us alone, and we end the builder.
+        process = subprocess.Popen(_BUILDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True,
+                                   start_new_session=True)
+        try:
+            with suppress(BrokenPipeError), process.stdin:
+                json.dump(request, process.stdin)
+            for done, line in _lines(process.stdout):
+                report(job.graph, done)
+                answer = line or answer
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        messages.seek(0)
+        said = messages.read().split("\n")
+    if status or not answer:
+        raise ExportError(f"graph {job.graph} must be built by {engines.backend} {engines.version}, "
+                          f"got {_what_happened(status, said, workspace)}; engines that are done are kept")
+    return answer["peak_rss"]
+
+
+def _lines(stdout) -> Iterator[tuple[float, dict | None]]:
+    """(part done, the answer or None) for every line that the builder prints."""
+    for line in stdout:
+        if line.startswith("{"):
+            yield 0.99, json.loads(line)
+        else:
+            done, total = map(int, line.split())
+            yield min(done / max(total, 1), 0.99), None
+
+
+def _what_happened(status: int, said: list[str], workspace: int) -> str:
+    if status == -signal.SIGKILL:
+        return "its builder killed, most likely because memory ran out"
+    if status < 0:
+        return f"its builder crashed ({signal.Signals(-status).name})"
+    reason = next((line.strip() for line in reversed(said) if line.strip()), f"exit status {status} of its builder")
+    scratch = re.search(r"OutOfMemory \(Requested size was (\d+) bytes", reason)
+    if scratch:
+        # What the layer's last way of working asked for; its others, and other layers, may ask for more.
+        enough = max(2 * workspace, math.ceil(int(scratch[1]) / 2**20))
+        return f"a layer that needs more scratch memory than {workspace} MiB: try --workspace {enough}"
+    return reason[:300]

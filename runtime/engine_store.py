@@ -1,0 +1,116 @@
+"""Adding engines to a bundle that is already there, so that it can be opened, and copied, at every moment in between.
+
+An engine becomes visible in three steps, each of them atomic: the manifest forgets the old one, the new file takes its
+place, the manifest lists it. A process that is killed between them leaves a whole bundle with an unlisted file under
+engines/, which nothing hands out and the next `EngineStore` removes.
+"""
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from .bundle import Bundle, is_disk_full, sha256_file
+from .engine_specs import ENGINE_FOLDER, EngineSet, engine_path
+from .errors import BundleError
+from .files import reason
+from .manifest import MANIFEST, FileSpec, Manifest
+
+
+class EngineStore:
+    """Exclusive right to add engines to a bundle.
+
+        with EngineStore(path) as store:
+            build(store.part(engines, "unet"))
+            store.add(engines, "unet", engine)
+
+    Attributes: path, manifest (the newest). Opening verifies the whole bundle. Raises BundleError in one sentence.
+    """
+
+    def __init__(self, path):
+        self.path, self.manifest, self._lock = Path(path), None, None
+
+    def __enter__(self):
+        Bundle.open(self.path, verify=False)         # a bundle at all?
+        if not os.access(self.path, os.W_OK):
+            raise BundleError(f"bundle must be a folder that can be written to, got {self.path}")
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(self._lock)
+            raise BundleError(f"bundle must not be in use by another export, got {self.path}: {reason(e)}") from e
+        try:
+            self.manifest = Bundle.open(self.path).manifest
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._sweep()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self._sweep()
+        os.close(self._lock)
+        if error is not None and is_disk_full(error):
+            raise BundleError(f"bundle must be on a disk with enough room, got a full disk writing {self.path}") from error
+
+    def part(self, engines, graph):
+        """Return the path to build an engine into; it is no part of the bundle until `add`."""
+        path = self.path / (engine_path(engines.id, graph) + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def add(self, engines, graph, engine):
+        """Take the file at `part(engines, graph)` into the bundle as the EngineFile `engine` of the EngineSet `engines`."""
+        part = self.part(engines, graph)
+        spec = FileSpec(sha256_file(part), part.stat().st_size)
+        known = self.manifest.engines.get(engines.id, replace(engines, graphs={}))
+        if graph in known.graphs:
+            self._write({engines.id: _without(known, graph)})
+            known = self.manifest.engines[engines.id]
+        os.replace(part, self.path / engine.file)
+        self._write({engines.id: replace(known, graphs={**known.graphs, graph: engine})}, {engine.file: spec})
+
+    def drop_older(self, engines):
+        """Remove the sets of the same backend and targets that another version built."""
+        old = [e.id for e in self.manifest.engines.values()
+               if (e.backend, e.targets) == (engines.backend, engines.targets) and e.id != engines.id]
+        if old:
+            self._write(dict.fromkeys(old))
+            self._sweep()
+
+    def _write(self, engines, files=()):
+        """Replace sets (None: drop) in the manifest, checked by the reader's own parser, and its file list with them."""
+        sets = {k: v for k, v in {**self.manifest.engines, **engines}.items() if v is not None}
+        known = {**self.manifest.files, **dict(files)}
+        listed = {e.file for s in sets.values() for e in s.graphs.values()}
+        kept = {p: f for p, f in known.items() if not p.startswith(f"{ENGINE_FOLDER}/") or p in listed}
+        manifest = Manifest.from_dict(replace(self.manifest, engines=sets, files=kept).to_dict())
+        # Not through a temporary file beside manifest.json: a kill would leave it there, and the bundle unusable.
+        part = self.path / ENGINE_FOLDER / f"{MANIFEST}.part"
+        part.parent.mkdir(exist_ok=True)
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(json.dumps(manifest.to_dict(), indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.path / MANIFEST)
+        self.manifest = manifest
+
+    def _sweep(self):
+        """Remove files under engines/ that the manifest does not list, then empty folders."""
+        for folder, _, names in os.walk(self.path / ENGINE_FOLDER, topdown=False):
+            for name in names:
+                path = Path(folder, name)
+                if path.relative_to(self.path).as_posix() not in self.manifest.files:
+                    with suppress(OSError):
+                        path.unlink()
+            with suppress(OSError):
+                os.rmdir(folder)
+
+
+def _without(engines, graph):
+    """Return an EngineSet without one graph."""
+    return EngineSet(engines.backend, engines.version, engines.targets,
+                     {g: e for g, e in engines.graphs.items() if g != graph})
