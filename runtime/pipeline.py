@@ -130,7 +130,7 @@ class Pipeline:
         level_scale: strength of the W+ levels coarse, middle, fine, finest. edits: direction -> standard deviations.
         id_mask: where each person may appear: boxes (x0, y0, x1, y1) in fractions or arrays [P,H,W] in [0,1].
         seed: one number (image i gets seed + i), a list with one per image, or None. The picture of a seed does not
-        depend on num_images and batch_size (images denoised at once).
+        depend on num_images and batch_size (images denoised at once), but for rounding.
         callback(step, total, preview) after every step, 1 <= step <= total; True stops with Cancelled; preview() returns
         the pictures so far, uint8 [B,H,W,3]. progress: show a bar.
         """

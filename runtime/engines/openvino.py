@@ -60,7 +60,7 @@ class OpenVinoEngine:
 
     def run(self, stream=None):
         require(self._request is not None, "tensors", "be bound before a run", "none", EngineError)
-        self._try("run", lambda: (self._request.start_async(), self._request.wait()))  # infer() would copy the outputs
+        self._try("run", lambda: self._request.infer(share_outputs=True))  # shared: the bound arrays, not copies of them
 
     def _request_for(self, bound):
         """Return the inference request that is compiled for the shapes of these arrays."""
