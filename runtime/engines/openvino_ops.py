@@ -5,6 +5,7 @@ in the graph, so that one conversion serves every batch, picture size and number
 """
 
 import functools
+import sys
 
 import numpy as np
 
@@ -16,6 +17,8 @@ MINIMUM = (2025, 2)  # 2025.1 computes wrong pictures, 2024 cannot read all grap
 @functools.cache
 def core():
     """Return the process's openvino.Core, which reads these nodes and maps weights into memory instead of loading them."""
+    # Importing openvino reports that to a web service, unless this package cannot be imported: nothing leaves the machine.
+    sys.modules.setdefault("openvino_telemetry", None)
     import openvino
     from openvino.frontend.onnx import ConversionExtension
 
