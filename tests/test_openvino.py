@@ -1,6 +1,8 @@
-"""The OpenVINO engine: the same graphs and pictures as ONNX Runtime and PyTorch, the caller's memory, the cache."""
+"""The OpenVINO engine: ONNX Runtime's and PyTorch's graphs and pictures, the caller's memory, the choice of the engine."""
 
+import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -17,11 +19,13 @@ from tiny_bundle import spec_of, write_tiny_bundle
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("needs openvino", allow_module_level=True)
 
-from pidiff.runtime import EngineError, Pipeline, engines, files
+from pidiff.runtime import EngineError, Pipeline, engines
+from pidiff.runtime.__main__ import enroll, generate
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.engines import call, choose_engine, load_engine
 from pidiff.runtime.engines import openvino as engine_module
 from pidiff.runtime.engines.openvino_ops import core
+from pidiff.runtime.images import encode_png
 
 core()  # imports openvino as the runtime does
 import openvino
@@ -38,12 +42,6 @@ def bundles(tmp_path_factory):
     """Name -> folder of a bundle; None is the shipped one, whose attention is fused."""
     folder = tmp_path_factory.mktemp("tiny")
     return {"fp32": write_tiny_bundle(folder / "32"), "fp16": write_tiny_bundle(folder / "16", "float16"), "mini": None}
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "openvino"
 
 
 def opened(bundle, graph, name="openvino", **options):
@@ -130,15 +128,8 @@ def save_node(folder, op, inputs, outputs, attributes):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     parity, model = pytest.importorskip("test_parity"), pytest.importorskip("tiny_model")
-    made = {}
-
-    def pair(name, precision):
-        key = name, precision
-        if key not in made:
-            made[key] = parity.Pair(model.shared(name, tmp_path_factory), engine="openvino", precision=precision, threads=1)
-        return parity, made[key]
-
-    return pair
+    return functools.cache(lambda name, precision: (parity, parity.Pair(
+        model.shared(name, tmp_path_factory), engine="openvino", precision=precision, threads=1)))
 
 
 @pytest.mark.parametrize("name", ["fused", "fp16", "standard23"])
@@ -390,13 +381,7 @@ def test_auto_falls_back_when_a_graph_does_not_load(bundles, worth_it, monkeypat
 
 
 def test_command_line(bundles, worth_it, tmp_path, capsys, monkeypatch):
-    import json
-
-    from pidiff.runtime.__main__ import enroll, generate
-    from pidiff.runtime.files import write_atomic
-    from pidiff.runtime.images import encode_png
-
-    write_atomic(tmp_path / "photo.png", encode_png(drawn_face(256)))
+    (tmp_path / "photo.png").write_bytes(encode_png(drawn_face(256)))
     bundle = ["--bundle", str(bundles["fp32"]), "--json"]
     base = ["--face", str(tmp_path / "photo.png"), "--prompt", PROMPT, "--out", str(tmp_path / "o.png"), *bundle]
     for more in ([], ["--engine", "openvino", "--precision", "full", "--threads", "1"]):
@@ -411,76 +396,3 @@ def test_command_line(bundles, worth_it, tmp_path, capsys, monkeypatch):
     assert json.loads(out)["engine"] == "onnxruntime"
     assert err == "pidiff-generate: warning: engine openvino cannot be used: it is broken; onnxruntime is used instead\n"
     assert generate([*base, "--engine", "openvino"]) == 1 and "got 'openvino': it is broken" in capsys.readouterr().err
-
-
-# --- cache -----------------------------------------------------------------------------------------------------------
-
-def hit(bundle, graph="text_conditioner", value=1.0, **options):
-    """(whether the graph came from the cache, its output)"""
-    engine = opened(bundle, graph, **options)
-    out = call(engine, {"prompt_embeds": np.full((1, 8, 6), value)})["text_kv"]
-    return compiled(engine).get_property("LOADED_FROM_CACHE"), out
-
-
-def test_the_second_load_hits_the_cache(bundles, cache):
-    bundle = Bundle.open(bundles["fp32"])
-    (first, out), (second, again) = hit(bundle, static=True), hit(bundle, static=True)
-    assert (first, second) == (False, True) and np.array_equal(out, again)
-    assert not hit(bundle, static=False)[0]  # compiled for other shapes
-    assert cache.stat().st_mode & 0o777 == 0o700 and len(os.listdir(cache)) == 2
-
-
-def test_other_weights_are_another_entry(bundles, cache, tmp_path):
-    bundle = Bundle.open(bundles["fp32"])
-    _, out = hit(bundle)
-    model = onnx.load(bundle.file("text_conditioner.onnx"))
-    weight = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
-    weight[-1, -1] += 1
-    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, model.graph.initializer[0].name))
-    onnx.save(model, tmp_path / "text_conditioner.onnx")
-    engine = load_engine("openvino")(tmp_path / "text_conditioner.onnx", bundle.graph("text_conditioner"), threads=1)
-    other = call(engine, {"prompt_embeds": np.ones((1, 8, 6))})["text_kv"]
-    assert not compiled(engine).get_property("LOADED_FROM_CACHE") and np.abs(other - out).max() > 0.5
-
-
-def test_a_torn_entry_is_made_again(bundles, cache):
-    bundle = Bundle.open(bundles["fp32"])
-    _, out = hit(bundle)
-    (entry,) = cache.iterdir()
-    os.chmod(entry, 0o600)
-    os.truncate(entry, entry.stat().st_size // 2)
-    found, again = hit(bundle)
-    assert not found and np.array_equal(again, out)
-
-
-def test_a_folder_that_others_can_write_to_is_not_trusted(bundles, cache):
-    cache.mkdir(parents=True)
-    cache.chmod(0o777)
-    with pytest.warns(UserWarning, match="PIDIFF_CACHE must be a folder of the user's own with mode 700, or off, got .*: "):
-        assert not hit(Bundle.open(bundles["fp32"]))[0]
-    assert not os.listdir(cache)
-
-
-def test_where_the_cache_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIDIFF_CACHE", "off")
-    assert files.private_cache("x") is None
-    monkeypatch.delenv("PIDIFF_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
-    assert files.private_cache("x") == tmp_path / "home" / ".cache" / "pidiff" / "x"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert files.private_cache("x") == tmp_path / "xdg" / "pidiff" / "x" and files.private_cache("x").is_dir()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="got .*x: part of the path is not a folder; nothing is cached"):
-        assert files.private_cache("x") is None
-
-
-def test_the_cache_stays_small(tmp_path):
-    for age, name in enumerate("abcd"):
-        (tmp_path / name).write_bytes(bytes(10))
-        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    files.trim_folder(Path(tmp_path), 25)
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
-    files.trim_folder(tmp_path, 1)
-    assert os.listdir(tmp_path) == ["a"]  # the newest is what was just made

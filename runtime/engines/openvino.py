@@ -15,10 +15,10 @@ CACHE_BYTES = 8 << 30
 
 
 class OpenVinoEngine:
-    """One graph, compiled when arrays are bound, that works on the caller's memory (protocol: engines.Engine).
+    """One compiled graph that works on the caller's memory (protocol: engines.Engine).
 
     A static graph is compiled for every shape that is bound, the last `KEPT_SHAPES` of them are kept; another one is
-    compiled once for all shapes. Compiled graphs also go into the user's cache (files.private_cache).
+    compiled once for all shapes when it is loaded. Compiled graphs also go into the user's cache (files.private_cache).
     """
 
     def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
@@ -33,6 +33,8 @@ class OpenVinoEngine:
         self._model = self._try("load", lambda: core().read_model(path))
         ports = (*self._model.inputs, *self._model.outputs)  # a tensor may have several names
         check_names(Path(path), spec, [next(filter(spec.tensor, port.names), port.any_name) for port in ports])
+        if not static:
+            self._request_for({})
 
     @staticmethod
     def problem():
