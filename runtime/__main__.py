@@ -28,6 +28,7 @@ def enroll(argv=None):
 
 
 def _generate_parser():
+    from .engines import PRECISIONS
     from .schedule import SOLVERS
 
     parser = argparse.ArgumentParser(prog="pidiff-generate", description="Make a picture of the person in a photo.")
@@ -38,6 +39,9 @@ def _generate_parser():
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to avoid")
     _common(parser)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
+                        help="full computes in no fewer bits than the bundle was exported in; auto (default) lets openvino "
+                             "run UNet and VAE decoder in bfloat16 where the processor has it")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same picture (default: random)")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures, with seeds SEED, SEED+1, ...")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's, usually 20)")
@@ -66,10 +70,12 @@ def _enroll_parser():
 
 
 def _common(parser):
-    from .engines import ENGINES
+    from .engines import AUTO, ENGINES
 
     parser.add_argument("--bundle", metavar="DIR", help="bundle made by pidiff-export (default: the shipped mini)")
-    parser.add_argument("--engine", default="onnxruntime", metavar="NAME", help=f"one of {', '.join(ENGINES)}")
+    parser.add_argument("--engine", default=AUTO, metavar="NAME",
+                        help=f"one of {', '.join(ENGINES)}, or auto (default): openvino where it is installed, on x86-64 "
+                             "processors, for bundles of 512 MiB and more; else onnxruntime")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all)")
     parser.add_argument("--largest-face", action="store_true", help="take the largest face of a photo with several")
     parser.add_argument("--json", action="store_true", help="print seconds per stage, engine and seed as JSON")
@@ -82,7 +88,7 @@ def _generate(args):
     _check_outputs(args.out, args.map)
     if args.region is not None and len(args.region) != len(args.face):
         raise PidiffError(f"--region must be given once per --face, {len(args.face)} times, got {len(args.region)}")
-    pipeline, seconds = _open(args, args.device)
+    pipeline, seconds = _open(args, args.device, args.precision)
     people = [_person(pipeline, face, _select(args)) for face in args.face]
     seconds.update(pipeline.seconds)
     result = pipeline.generate(
@@ -96,8 +102,8 @@ def _generate(args):
     paths = result.save(args.out, args.map)
     seconds["total"] = time.perf_counter() - begun
     _report(args, seconds, out=[str(p) for p in paths], bundle=pipeline.bundle.manifest.name, engine=result.engine,
-            device=result.device, seed=result.seeds[0], seeds=result.seeds, scheduler=result.scheduler,
-            num_inference_steps=result.num_inference_steps, guidance_scale=result.guidance_scale)
+            device=result.device, precision=pipeline.precision, seed=result.seeds[0], seeds=result.seeds,
+            scheduler=result.scheduler, num_inference_steps=result.num_inference_steps, guidance_scale=result.guidance_scale)
 
 
 def _enroll(args):
@@ -113,7 +119,7 @@ def _enroll(args):
         files[args.save_face] = encode_png(identity.face)
     write_all(files)
     seconds.update(pipeline.seconds, total=time.perf_counter() - begun)
-    _report(args, seconds, out=list(files), bundle=pipeline.bundle.manifest.name, engine=args.engine)
+    _report(args, seconds, out=list(files), bundle=pipeline.bundle.manifest.name, engine=pipeline.engine)
 
 
 def _check_outputs(*paths):
@@ -125,11 +131,11 @@ def _check_outputs(*paths):
         raise PidiffError(f"output files must be different, got {paths[0]} twice")
 
 
-def _open(args, device="cpu"):
+def _open(args, device="cpu", precision="auto"):
     from .pipeline import Pipeline
 
     begun = time.perf_counter()
-    pipeline = Pipeline.from_bundle(args.bundle, args.engine, device, args.threads)
+    pipeline = Pipeline.from_bundle(args.bundle, args.engine, device, args.threads, precision=precision)
     return pipeline, {"open": time.perf_counter() - begun}
 
 

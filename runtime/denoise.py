@@ -30,13 +30,14 @@ class Conditions:
 
 
 class Denoiser:
-    """Runs the core's loop over one UNet engine."""
+    """Runs the core's loop over one UNet engine, bound for a Plan, Conditions and latents [c,h,w]."""
 
-    def __init__(self, engine):
-        self._engine = engine
+    def __init__(self, engine, plan, conditions, latent_shape):
+        self._engine, self._plan, self._conditions = engine, plan, conditions
         self._specs = {s.name: s for s in (*engine.inputs(), *engine.outputs())}
+        self._buffers = self._bind(latent_shape)
 
-    def run(self, plan, latents, seeds, guidance_scale, conditions, on_step=None):
+    def run(self, latents, seeds, guidance_scale, on_step=None):
         """Denoise latents [B,c,h,w] (noise times init_noise_sigma) in place.
 
         on_step(step, latents, denoised) -> True to stop. Returns the identity map [B,P,h,w] float32 averaged over the
@@ -44,7 +45,7 @@ class Denoiser:
         """
         from pidiff import _C
 
-        buffers = self._bind(conditions, plan, latents.shape[1:])
+        plan, conditions, buffers = self._plan, self._conditions, self._buffers
         batch, total, count = len(latents), None, 0
 
         def call_engine(step):
@@ -66,18 +67,18 @@ class Denoiser:
             raise PidiffError(f"{e}: the model's weights or the inputs are damaged, or overflow in half precision") from e
         return None if total is None else total / count
 
-    def _bind(self, conditions, plan, latent_shape):
+    def _bind(self, latent_shape):
         """Allocate and bind one array per tensor of the UNet, filled with what stays the same."""
-        rows, people = conditions.id_fold.shape[:2]
+        rows, people = self._conditions.id_fold.shape[:2]
         shapes = {
             "latents": (rows, *latent_shape), "model_output": (rows, *latent_shape), "id_scale": (rows,),
-            "time_row": (1, plan.time_table.shape[1]), "identity_map": (rows, people, *latent_shape[1:]),
+            "time_row": (1, self._plan.time_table.shape[1]), "identity_map": (rows, people, *latent_shape[1:]),
         }
         buffers = {}
         for name, spec in self._specs.items():
             if name in shapes:
                 buffers[name] = np.zeros(shapes[name], spec.dtype)
             else:
-                buffers[name] = np.ascontiguousarray(getattr(conditions, name), spec.dtype)
+                buffers[name] = np.ascontiguousarray(getattr(self._conditions, name), spec.dtype)
         self._engine.bind(buffers, constant=("text_kv", "id_fold", "id_mask"))
         return buffers

@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import stat
 import tempfile
+import warnings
 from pathlib import Path
 
 from .errors import PidiffError
@@ -76,3 +78,40 @@ def umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def private_cache(name):
+    """Return the folder `name` in the user's cache, made with mode 700; None where there is none to trust.
+
+    What lies there may be run, so it must be a folder of the user's own that nobody else can write to: a warning says
+    when it is not. PIDIFF_CACHE is the cache's place (default: $XDG_CACHE_HOME/pidiff or ~/.cache/pidiff); "off" is none.
+    """
+    place = os.environ.get("PIDIFF_CACHE")
+    if place == "off":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(place) if place else (Path(home) if os.path.isabs(home) else Path("~/.cache")) / "pidiff") / name
+    try:
+        folder = folder.expanduser().absolute()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = os.lstat(folder)
+        own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+        problem = None if own else "it is another's, or others can use it"
+    except (OSError, RuntimeError) as e:
+        problem = reason(e) if isinstance(e, OSError) else str(e)
+    if problem:
+        warnings.warn(f"PIDIFF_CACHE must be a folder of the user's own with mode 700, or off, got {folder}: {problem}; "
+                      "nothing is cached", stacklevel=2)
+    return None if problem else folder
+
+
+def trim_folder(folder, limit):
+    """Remove the files of a folder that were not used for longest until at most `limit` bytes or one file are left."""
+    with os.scandir(folder) as entries:
+        files = [(max(e.stat().st_atime, e.stat().st_mtime), e.stat().st_size, e.path) for e in entries if e.is_file()]
+    total = 0
+    for rank, (_, size, path) in enumerate(sorted(files, reverse=True)):
+        total += size
+        if rank and total > limit:
+            with contextlib.suppress(OSError):  # another process may be trimming too
+                os.unlink(path)

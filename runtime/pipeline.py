@@ -10,8 +10,8 @@ import numpy as np
 
 from .bundle import Bundle
 from .denoise import Conditions, Denoiser, Plan
-from .engines import call, load_engine
-from .errors import PidiffError, require
+from .engines import AUTO, PRECISIONS, bind_new, call, choose_engine, fall_back, load_engine
+from .errors import EngineError, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
 from .options import Options, resolve_mask, resolve_people, resolve_seeds
@@ -20,30 +20,40 @@ from .schedule import make_schedule
 from .text import TextTokenizer
 
 LEVELS = ("coarse", "middle", "fine", "finest")
+# The graphs that take the time, on few shapes. All others run once per person, prompt or plan: nothing would be gained
+# by rounding them, and an enrolled person is the same on every engine.
+HOT_GRAPHS = ("unet", "vae_decoder")
 
 
 class Pipeline:
     """Make one with `Pipeline.from_bundle`. Graphs load when they are first used; not for use by two threads at once.
 
-    Attributes: bundle, engine (its name), device, seconds (stage -> wall time since the last `generate` began).
+    Attributes: bundle, engine (the name of the one that is used), device, precision, seconds (stage -> wall time since
+    the last `generate` began).
     """
 
-    def __init__(self, bundle, engine="onnxruntime", device="cpu", threads=None):
+    def __init__(self, bundle, engine=AUTO, device="cpu", threads=None, precision="auto"):
+        require(precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", repr(precision))
         require(threads is None or (type(threads) is int and 1 <= threads <= 1024), "threads",
                 "be an integer in [1, 1024] or None", repr(threads))
-        self.bundle, self.engine, self.device, self.threads = bundle, engine, device, threads
-        self.seconds = {}
-        self._engine_class = load_engine(engine)
+        self.bundle, self.device, self.threads, self.precision = bundle, device, threads, precision
+        self.seconds, self._may_fall_back = {}, engine == AUTO
+        size = sum(f.size for f in bundle.manifest.files.values())
+        self.engine = choose_engine(device, size) if engine == AUTO else engine
+        self._engine_class = load_engine(self.engine)
         self._engines, self._kept = {}, _Recent(16)
         self._schedule_config = bundle.json("schedule.json")
 
     @classmethod
-    def from_bundle(cls, path=None, engine="onnxruntime", device="cpu", threads=None, verify=True):
+    def from_bundle(cls, path=None, engine=AUTO, device="cpu", threads=None, verify=True, precision="auto"):
         """Open a bundle (None: the shipped `mini`) for an engine and a device.
 
-        threads: cores to use, None for all. verify=False skips the hashes. Raises BundleError, EngineError.
+        engine: "onnxruntime", "openvino", or "auto": OpenVINO where it is installed, on x86-64 processors, for bundles of
+        512 MiB and more; else ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes.
+        precision: "full" computes in no fewer bits than the bundle was exported in; "auto" lets OpenVINO run UNet and VAE
+        decoder in bfloat16 where the processor has it, which changes pictures slightly. Raises BundleError, EngineError.
         """
-        return cls(Bundle.open(path, verify), engine, device, threads)
+        return cls(Bundle.open(path, verify), engine, device, threads, precision)
 
     @property
     def directions(self):
@@ -120,7 +130,7 @@ class Pipeline:
         level_scale: strength of the W+ levels coarse, middle, fine, finest. edits: direction -> standard deviations.
         id_mask: where each person may appear: boxes (x0, y0, x1, y1) in fractions or arrays [P,H,W] in [0,1].
         seed: one number (image i gets seed + i), a list with one per image, or None. The picture of a seed does not
-        depend on num_images and batch_size (images denoised at once).
+        depend on num_images and batch_size (images denoised at once), but for rounding.
         callback(step, total, preview) after every step, 1 <= step <= total; True stops with Cancelled; preview() returns
         the pictures so far, uint8 [B,H,W,3]. progress: show a bar.
         """
@@ -172,19 +182,22 @@ class Pipeline:
         """Denoise one batch from its seeds' noise: (latents [B,c,h,w], identity map or None)."""
         from pidiff import _C
 
-        denoiser = Denoiser(self._graph("unet"))
+        shape = self.bundle.manifest.model.latent_shape
+        with self._stage("load"):  # an engine may compile for these shapes
+            denoiser = Denoiser(self._graph("unet"), plan, conditions(len(seeds)), shape)
         with self._stage("denoise"):
-            latents = _C.randn(seeds, self.bundle.manifest.model.latent_shape)
+            latents = _C.randn(seeds, shape)
             latents *= np.float32(plan.schedule.init_noise_sigma)
-            identity_map = denoiser.run(plan, latents, seeds, float(options.guidance_scale), conditions(len(seeds)),
-                                        watch.step)
+            identity_map = denoiser.run(latents, seeds, float(options.guidance_scale), watch.step)
         return latents, identity_map
 
     def _decode(self, latents):
         """Decode latents [B,c,h,w] to RGB uint8 [B,H,W,3]."""
         engine = self._graph("vae_decoder")
+        with self._stage("load"):  # an engine may compile for this batch
+            planes = bind_new(engine, {"latents": latents})["image"]
         with self._stage("decode"):
-            planes = call(engine, {"latents": latents})["image"]
+            engine.run()
             require(np.isfinite(planes).all(), "the VAE decoder", "give finite pictures", "NaN or infinity: its weights are "
                     "damaged, or overflow in half precision")
             return to_image(planes)
@@ -193,10 +206,21 @@ class Pipeline:
         """Return the engine of a graph, loaded at the first use."""
         if name not in self._engines:
             with self._stage("load"):
-                spec, manifest = self.bundle.graph(name), self.bundle.manifest
-                self._engines[name] = self._engine_class(self.bundle.file(spec.file), spec, device=self.device,
-                                                         threads=self.threads, fused=manifest.attention == "fused")
+                try:
+                    self._engines[name] = self._load(name)
+                except EngineError as e:
+                    if not self._may_fall_back or self.engine == "onnxruntime":
+                        raise
+                    self.engine = fall_back(self.engine, e)
+                    self._engine_class = load_engine(self.engine)
+                    self._engines[name] = self._load(name)
         return self._engines[name]
+
+    def _load(self, name):
+        spec, hot = self.bundle.graph(name), name in HOT_GRAPHS
+        return self._engine_class(
+            self.bundle.file(spec.file), spec, device=self.device, threads=self.threads, static=hot,
+            fused=self.bundle.manifest.attention == "fused", precision=self.precision if hot else "full")
 
     @contextlib.contextmanager
     def _stage(self, name):

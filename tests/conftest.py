@@ -8,6 +8,7 @@ import signal
 # A job in the background of a script starts with SIGINT ignored, and its children too: the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["PIDIFF_CACHE"] = "off"  # the user's cache is no place for tests
 
 import numpy as np
 import pytest

@@ -28,10 +28,10 @@ BUNDLES = ("fused", "fp16", "standard23")
 
 
 class Pair:
-    """One bundle, opened by both sides."""
+    """One bundle, opened by both sides; `options` are the runtime's."""
 
-    def __init__(self, folder):
-        self.model, self.pipe = load_model(folder), Pipeline.from_bundle(folder, threads=2)
+    def __init__(self, folder, **options):
+        self.model, self.pipe = load_model(folder), Pipeline.from_bundle(folder, **{"threads": 2, **options})
         self.precision = self.pipe.bundle.manifest.precision
         average = self.model.w_plus_encoder.latent_avg.numpy()
         rng = np.random.default_rng(7)
@@ -106,10 +106,9 @@ def test_without_identity_both_sides_are_the_base_model(pairs, monkeypatch, name
     assert np.abs(on - off).max() > 1e-3, "the identity must matter"
 
 
-@pytest.mark.parametrize("name", BUNDLES)
-def test_unet_call(pairs, name):
-    """One call through the runtime's engine: three pictures, two people, its own prepared inputs."""
-    pair = pairs(name)
+def unet_call(pair, dtype=torch.float32):
+    """One call of three pictures and two people: what the runtime's engine makes of its own prepared inputs, and what
+    PyTorch in `dtype` makes of the same, name -> float32 array both."""
     pipe, model, (c, h, w) = pair.pipe, pair.model, pair.pipe.bundle.manifest.model.latent_shape
     rng = np.random.default_rng(5)
     latents, mask = rng.standard_normal((3, c, h, w)).astype(np.float32), rng.random((3, 2, h, w)).astype(np.float32)
@@ -120,13 +119,20 @@ def test_unet_call(pairs, name):
         "id_fold": np.repeat(np.concatenate([pipe.fold(p, levels) for p in pair.people])[None], 3, 0), "id_mask": mask,
         "id_scale": scale})
     codes = pair.codes(pair.people, 3)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         tokens = model.adapter.mapper(codes.flatten(0, 1)).unflatten(0, (3, 2))
         with model.adapter.condition(tokens, torch.from_numpy(scale), torch.tensor(levels).expand(3, 2, 4),
                                      torch.from_numpy(mask), keep_maps=True) as seen:
             expected = model.unet(torch.from_numpy(latents), torch.tensor(411.5), encode_prompts(model, [PROMPT] * 3)).sample
-    atol = {"fp32": 2e-5, "fp16": 1e-2}[pair.precision]
-    np.testing.assert_allclose(outputs["model_output"].astype(np.float32), expected.numpy(), atol=atol)
-    if "identity_map" in outputs:
-        np.testing.assert_allclose(outputs["identity_map"].astype(np.float32), mean_map(seen.maps, (h, w)).numpy(), atol=atol)
-    assert ("identity_map" in outputs) == (model.adapter.config.mode == "parallel")
+    expected = {"model_output": expected.float().numpy()}
+    if model.adapter.config.mode == "parallel":
+        expected["identity_map"] = mean_map(seen.maps, (h, w)).float().numpy()
+    return {k: v.astype(np.float32) for k, v in outputs.items()}, expected
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_unet_call(pairs, name):
+    outputs, expected = unet_call(pairs(name))
+    assert outputs.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(outputs[key], value, atol={"fp32": 2e-5, "fp16": 1e-2}[pairs(name).precision])

@@ -9,6 +9,7 @@ import csv
 import importlib.metadata
 import io
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Generator:
 
     def __init__(self):
         try:
+            sys.modules.setdefault("openvino_telemetry", None)      # importing openvino would report that to a web service
             import openvino
             files = importlib.metadata.files("random-face")
         except (ImportError, importlib.metadata.PackageNotFoundError) as error:

@@ -13,7 +13,7 @@ LEVELS = ("coarse", "middle", "fine", "finest")
 class BundleGenerator:
     def __init__(self, folder: Path | None, engine: str, steps: int | None, guidance_scale: float | None):
         self.pipeline = Pipeline.from_bundle(folder, engine=engine)
-        self.name = f"bundle {self.pipeline.bundle.manifest.precision} on {engine}"
+        self.name = f"bundle {self.pipeline.bundle.manifest.precision} on {self.pipeline.engine}"
         self._options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
 
     def enroll(self, photo: np.ndarray):

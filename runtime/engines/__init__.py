@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import platform
+import warnings
 from typing import Protocol
 
 import numpy as np
@@ -11,14 +13,22 @@ from ..errors import EngineError
 # name -> (module beside this file, class, the vendor's module, how to install it)
 ENGINES = {
     "onnxruntime": ("onnxruntime", "OnnxRuntimeEngine", "onnxruntime", "pip install onnxruntime"),
+    "openvino": ("openvino", "OpenVinoEngine", "openvino", "pip install 'pidiff-edge[openvino]'"),
 }
+AUTO = "auto"  # the name that `choose_engine` turns into one of the above
+OPENVINO_BYTES = 512 << 20  # a smaller model has drawn its picture in ONNX Runtime before OpenVINO has compiled it
+PRECISIONS = ("auto", "full")
 
 
 class Engine(Protocol):
-    """One loaded graph. Constructor: `Engine(path, spec, device="cpu", threads=None, fused=False)`.
+    """One loaded graph. Constructor: `Engine(path, spec, device="cpu", threads=None, fused=False, static=False,
+    precision="full")`.
 
     path: the .onnx file. spec: its bundle.GraphSpec. device: "cpu" or "cuda". threads: cores to use, None for all.
-    fused: the graph holds nodes of the domain `pidiff`. Raises EngineError.
+    fused: the graph holds nodes of the domain `pidiff`. static: the same few shapes come again and again, so that it is
+    worth compiling for each of them. precision: "full" computes in no fewer bits than the graph is written in, "auto"
+    may where the processor is faster then. An engine that gains nothing by the last two does the same for all their
+    values. Raises EngineError.
     """
 
     def inputs(self):
@@ -32,21 +42,60 @@ class Engine(Protocol):
 
         The first call names every input and output; a later one may name a few. Arrays are used in place: write into
         them between runs. Names in `constant` promise not to change before they are bound again, so that an engine on
-        another device copies them once. Raises EngineError for a wrong name, dtype or shape.
+        another device copies them once. May compile for new shapes. Raises EngineError for a wrong name, dtype or shape.
         """
 
     def run(self, stream=None):
         """Run once on the bound arrays. Returns when the outputs are there, or, with a stream, when work is queued."""
 
 
+def choose_engine(device, size):
+    """Return the name of the engine that "auto" stands for, on a device, for a bundle of `size` bytes.
+
+    OpenVINO where it is installed and faster: on x86-64 processors, for bundles of `OPENVINO_BYTES` and more. Else ONNX
+    Runtime.
+    """
+    fast = device == "cpu" and platform.machine() in ("x86_64", "AMD64") and size >= OPENVINO_BYTES
+    if fast and importlib.util.find_spec("openvino"):
+        problem = load_engine("openvino").problem()
+        if problem is None:
+            return "openvino"
+        fall_back("openvino", problem)
+    return "onnxruntime"
+
+
+def fall_back(name, problem):
+    """Say that `auto` does without the engine `name` because of a problem, and return the engine that it takes instead."""
+    warnings.warn(f"engine {name} cannot be used: {problem}; onnxruntime is used instead", stacklevel=3)
+    return "onnxruntime"
+
+
 def load_engine(name):
     """Return the Engine class called `name`; EngineError lists what is installed when there is none."""
     if name not in ENGINES:
-        raise EngineError(f"engine must be one of {', '.join(ENGINES)} (installed: {_installed()}), got {name!r}")
+        raise EngineError(f"engine must be one of {', '.join((AUTO, *ENGINES))} (installed: {_installed()}), got {name!r}")
     module, cls, vendor, install = ENGINES[name]
     if importlib.util.find_spec(vendor) is None:
         raise EngineError(f"engine must be installed (installed: {_installed()}), got {name!r}: {install}")
     return getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+
+
+def rebound(spec, bound, tensors):
+    """Return the arrays bound after `tensors` come over those `bound` before, checked against a GraphSpec: none is missing."""
+    bound, specs = {**bound, **tensors}, (*spec.inputs, *spec.outputs)
+    check_tensors(specs, bound)
+    missing = [t.name for t in specs if t.name not in bound]
+    if missing:
+        raise EngineError(f"tensors must include {', '.join(missing)}, got {sorted(bound)}")
+    return bound
+
+
+def check_names(path, spec, have):
+    """Check that a graph has the inputs and outputs of its GraphSpec; `have`: the names that the engine found."""
+    want = {t.name for t in (*spec.inputs, *spec.outputs)}
+    if set(have) != want:
+        raise EngineError(f"{path.name} must have the tensors of its manifest, "
+                          f"got {sorted(set(have) ^ want)} in one of them only")
 
 
 def check_tensors(specs, tensors):
@@ -70,7 +119,14 @@ def _installed():
 
 
 def call(engine, inputs, **axes):
-    """Run once on fresh buffers: casts the inputs, returns name -> output array.
+    """Run once on fresh buffers (`bind_new`); returns name -> output array."""
+    outputs = bind_new(engine, inputs, **axes)
+    engine.run()
+    return outputs
+
+
+def bind_new(engine, inputs, **axes):
+    """Bind the inputs, cast to the graph's dtypes, and fresh outputs, name -> array, which are returned.
 
     Output axes with a name get their size from the inputs' axes of the same name, or from `axes`.
     """
@@ -81,5 +137,4 @@ def call(engine, inputs, **axes):
         axes.update({a: n for a, n in zip(spec.shape, array.shape) if isinstance(a, str)})
     outputs = {spec.name: np.zeros([axes.get(a, a) for a in spec.shape], spec.dtype) for spec in engine.outputs()}
     engine.bind({**arrays, **outputs})
-    engine.run()
     return outputs

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import EngineError
-from . import check_tensors
+from . import check_names, rebound
 
 
 def custom_op_library():
@@ -20,7 +20,7 @@ def custom_op_library():
 class OnnxRuntimeEngine:
     """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.Engine)."""
 
-    def __init__(self, path, spec, device="cpu", threads=None, fused=False):
+    def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
         import onnxruntime as ort
 
         ort.disable_telemetry_events()
@@ -31,11 +31,7 @@ class OnnxRuntimeEngine:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
             raise EngineError(f"{Path(path).name} must load in ONNX Runtime {ort.__version__}, got: {_first_line(e)}") from e
-        have = {v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())}
-        want = {t.name for t in (*spec.inputs, *spec.outputs)}
-        if have != want:
-            raise EngineError(f"{Path(path).name} must have the tensors of its manifest, "
-                              f"got {sorted(have ^ want)} in one of them only")
+        check_names(Path(path), spec, [v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())])
         self._binding = self._session.io_binding()
 
     def inputs(self):
@@ -45,11 +41,7 @@ class OnnxRuntimeEngine:
         return self._spec.outputs
 
     def bind(self, tensors, constant=()):
-        bound = {**self._bound, **tensors}
-        check_tensors((*self._spec.inputs, *self._spec.outputs), bound)
-        missing = [t.name for t in (*self._spec.inputs, *self._spec.outputs) if t.name not in bound]
-        if missing:
-            raise EngineError(f"tensors must include {', '.join(missing)}, got {sorted(bound)}")
+        bound = rebound(self._spec, self._bound, tensors)
         names = {t.name for t in self._spec.inputs}
         for name, array in tensors.items():
             on_device = self._device != "cpu"

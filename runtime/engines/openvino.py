@@ -1,0 +1,117 @@
+"""OpenVINO engine: the fast choice on x86-64 processors, with bfloat16 where they multiply it themselves."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import EngineError, require
+from ..files import private_cache, trim_folder
+from . import check_names, rebound
+from .openvino_ops import core
+
+KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
+CACHE_BYTES = 8 << 30
+
+
+class OpenVinoEngine:
+    """One compiled graph that works on the caller's memory (protocol: engines.Engine).
+
+    A static graph is compiled for every shape that is bound, the last `KEPT_SHAPES` of them are kept; another one is
+    compiled once for all shapes when it is loaded. Compiled graphs also go into the user's cache (files.private_cache).
+    """
+
+    def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
+        problem = self.problem()
+        require(problem is None, "engine", "work on this machine", f"'openvino': {problem}", EngineError)
+        import openvino
+
+        require(device == "cpu", "device", "be cpu with openvino", repr(device), EngineError)
+        self._ov, self._spec, self._static = openvino, spec, static
+        self._config, self._cache = _config(threads, precision), private_cache("openvino")
+        self._bound, self._request, self._requests = {}, None, OrderedDict()
+        self._model = self._try("load", lambda: core().read_model(path))
+        ports = (*self._model.inputs, *self._model.outputs)  # a tensor may have several names
+        check_names(Path(path), spec, [next(filter(spec.tensor, port.names), port.any_name) for port in ports])
+        if not static:
+            self._request_for({})
+
+    @staticmethod
+    def problem():
+        """Return why OpenVINO cannot be used on this machine, None where it can."""
+        try:
+            core().get_property("CPU", "FULL_DEVICE_NAME")
+        except Exception as e:  # a broken installation raises whatever it likes
+            return _sentence(e)
+
+    def inputs(self):
+        return self._spec.inputs
+
+    def outputs(self):
+        return self._spec.outputs
+
+    def bind(self, tensors, constant=()):
+        bound = rebound(self._spec, self._bound, tensors)
+        for output in self._spec.outputs:
+            require(bound[output.name].flags.writeable, output.name, "be writable", "a read-only array", EngineError)
+        request = self._request_for(bound)
+        for name in tensors if request is self._request else bound:
+            tensor = self._ov.Tensor(_shared(bound[name]), shared_memory=True)
+            self._try("take its tensors", lambda: request.set_tensor(name, tensor))
+        self._bound, self._request = bound, request  # keeps the arrays alive
+
+    def run(self, stream=None):
+        require(self._request is not None, "tensors", "be bound before a run", "none", EngineError)
+        self._try("run", lambda: self._request.infer(share_outputs=True))  # shared: the bound arrays, not copies of them
+
+    def _request_for(self, bound):
+        """Return the inference request that is compiled for the shapes of these arrays."""
+        shapes = {t.name: bound[t.name].shape for t in self._spec.inputs} if self._static else {}
+        key = tuple(shapes.values())
+        if key not in self._requests:
+            while len(self._requests) >= KEPT_SHAPES:
+                self._requests.popitem(last=False)
+            self._requests[key] = self._try("compile", lambda: self._compile(shapes)).create_infer_request()
+        self._requests.move_to_end(key)
+        return self._requests[key]
+
+    def _compile(self, shapes):
+        if shapes:
+            self._model.reshape({name: list(shape) for name, shape in shapes.items()})
+        config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
+        compiled = core().compile_model(self._model, "CPU", config)
+        if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
+            trim_folder(self._cache, CACHE_BYTES)
+        return compiled
+
+    def _try(self, verb, work):
+        try:
+            return work()
+        except Exception as e:  # OpenVINO raises RuntimeError for everything
+            raise EngineError(f"{self._spec.file} must {verb} in OpenVINO {self._ov.__version__.split('-')[0]}, "
+                              f"got: {_sentence(e)}") from e
+
+
+def _config(threads, precision):
+    """Compile options. bfloat16 only where it is OpenVINO's own default: where the processor has instructions for it.
+    float16, its default on some others, is never taken: activations of Stable Diffusion overflow it."""
+    native = core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string() == "bf16"
+    low = precision == "auto" and native
+    return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
+            "EXECUTION_MODE_HINT": "PERFORMANCE" if low else "ACCURACY",
+            **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+
+
+def _shared(array):
+    """Return the array itself, or for a read-only one (which OpenVINO refuses as an input) its memory as a writable one."""
+    if array.flags.writeable:
+        return array
+    alias = type("Alias", (), {"__array_interface__": {**array.__array_interface__, "data": (array.ctypes.data, False)}})
+    return np.asarray(alias())
+
+
+def _sentence(error):
+    """Return what an exception says without the lines that name OpenVINO's source files."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check '", "Caught exception")))
+    return (text or str(error).strip() or type(error).__name__)[:300]
