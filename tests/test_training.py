@@ -1,6 +1,7 @@
 """Every training stage runs, learns, writes what the next stage reads, and goes on after a stop."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -104,7 +105,6 @@ def test_a_finished_stage_is_not_trained_again(trained, people_folder):
 
 def test_a_folder_without_state_is_gone_on_with(trained, people_folder, tmp_path):
     """A copy of a model (or bundle) is a starting point: the weights move on from it, they do not start afresh."""
-    import shutil
     from safetensors.torch import load_file
     shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns(".state"))
     file = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -117,7 +117,6 @@ def test_a_folder_without_state_is_gone_on_with(trained, people_folder, tmp_path
 @pytest.mark.parametrize("stage", ["base", "adapter"])
 def test_a_bundle_copy_keeps_its_mapper_where_asked(stage, trained, people_folder, tmp_path):
     """Without MODEL/mapper, as in a bundle, --keep-mapper freezes the adapter's; without it, the mapper is trained on."""
-    import shutil
     from safetensors.torch import load_file
 
     def mapper_after(name, *options):
@@ -132,8 +131,18 @@ def test_a_bundle_copy_keeps_its_mapper_where_asked(stage, trained, people_folde
     assert any(not torch.equal(v, before[k]) for k, v in moved.items())
 
 
+def test_mapper_stage_goes_on_in_the_language_of_a_bundle(trained, people_folder, tmp_path):
+    """Without MODEL/mapper the adapter's is trained on, and what says where a token is stays, so that the UNet still finds it."""
+    from safetensors.torch import load_file
+    shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns(".state", "mapper"))
+    assert run("mapper", people_folder, tmp_path / "model") == 0
+    before, after = load_file(trained / "adapter" / "model.safetensors"), load_file(tmp_path / "model" / "mapper" / "model.safetensors")
+    same = {k: torch.equal(v.float(), after[k]) for k, v in before.items() if k.startswith("mapper.") and "latent_avg" not in k}
+    assert all(same[k] for k in ("mapper.position", "mapper.norm.weight", "mapper.norm.bias"))
+    assert not any(same[f"mapper.proj_{i}.tokens.weight"] for i in range(4))
+
+
 def test_keep_mapper_without_a_mapper_is_one_sentence(people_folder, trained, tmp_path, capsys):
-    import shutil
     shutil.copytree(trained / "vae", tmp_path / "vae")
     assert run("base", people_folder, tmp_path, "--keep-mapper") == 1
     assert capsys.readouterr().err.count("\n") == 1
@@ -163,7 +172,6 @@ def test_likeness_compares_the_person_alone_by_the_encoders_features(trained, pe
 
 
 def test_sample_sheets_are_written(trained, people_folder, tmp_path):
-    import shutil
     import cv2
     shutil.copytree(trained, tmp_path / "m", ignore=shutil.ignore_patterns(".state"))
     assert run("adapter", people_folder, tmp_path / "m", "--steps", "1", "--sample-every", "1") == 0

@@ -179,6 +179,9 @@ def train_mapper(args, people: People) -> None:
     loss = MapperLoss(model, people, latents, None if known is None else known.people, args.config.batch_size, args.config.device)
     if not begun and adapter.is_file():
         loss.learn_to_read()
+        for part in (model.read, model.mapper.norm):        # a UNet has learned to read these tokens where and as they are
+            part.requires_grad_(False)
+        model.mapper.position.requires_grad_(False)
     trainer = _trainer(args, model, lambda ema, _: save_weights(ema, file))
     trainer.run(loss)
     unseen = load_people(args.data, SIZES["mapper"], "validation", args.people_limit or 1000)
