@@ -12,7 +12,7 @@ from tiny_bundle import write_tiny_bundle
 from tiny_engines import TARGETS, VERSION, add, edit, engine_of
 
 from pidiff.runtime import engine_store
-from pidiff.runtime.bundle import Bundle, BundleError, Manifest, shipped_bundle
+from pidiff.runtime.bundle import Bundle, BundleError, Manifest
 from pidiff.runtime.engine_specs import EngineSet
 from pidiff.runtime.engine_store import EngineStore
 
@@ -49,11 +49,6 @@ def test_a_bundle_of_version_1_loads_and_is_upgraded_by_adding_an_engine(plain, 
     add(path, unet=b"x")
     assert json.loads((path / "manifest.json").read_text())["schema_version"] == 2
     assert list(Bundle.open(path).manifest.engines) == [NAME]
-
-
-def test_the_shipped_bundle_has_version_1_and_opens():
-    assert json.loads((shipped_bundle() / "manifest.json").read_text())["schema_version"] == 1
-    assert Bundle.open(verify=False).manifest.engines == {}
 
 
 def test_version_1_knows_no_engines_and_version_2_needs_them(bundle):

@@ -333,6 +333,7 @@ def test_real_refusal_names_the_graph(capsys, tmp_path, rtx):
     assert "graph text_conditioner must be built by tensorrt-rtx" in said and "Unheard" in said
 
 
+@pytest.mark.slow
 def test_real_engines_of_mini_from_one_command(rtx, tmp_path):
     """The user's command: export in a process with torch, builds in processes without."""
     pytest.importorskip("torch")
