@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_bundle import write_tiny_bundle
+from tiny_bundle import edit, write_tiny_bundle
 
 from pidiff.runtime import bundle as bundle_module
 from pidiff.runtime import manifest as manifest_module
@@ -26,15 +26,6 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def copy(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "b"))
-
-
-def edit(path, change):
-    """Apply `change` to the parsed manifest of a bundle."""
-    file = path / "manifest.json"
-    data = json.loads(file.read_text())
-    change(data)
-    file.write_text(json.dumps(data))
-    return path
 
 
 def refused(path, match, verify=True):

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_bundle import write_tiny_bundle
-from tiny_engines import TARGETS, VERSION, add, edit, engine_of
+from tiny_bundle import edit, write_tiny_bundle
+from tiny_engines import TARGETS, VERSION, add, engine_of
 
 from pidiff.runtime import engine_store
 from pidiff.runtime.bundle import Bundle, BundleError, Manifest

@@ -14,8 +14,7 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from tiny_bundle import write_tiny_bundle
-from tiny_engines import edit
+from tiny_bundle import edit, write_tiny_bundle
 
 from pidiff.export import engines, memory
 from pidiff.export.__main__ import main

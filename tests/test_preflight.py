@@ -6,8 +6,8 @@ import subprocess
 import types
 
 import pytest
-from tiny_bundle import write_tiny_bundle
-from tiny_engines import VERSION, add, edit
+from tiny_bundle import edit, write_tiny_bundle
+from tiny_engines import VERSION, add
 
 from pidiff.export.__main__ import build_parser, main
 from pidiff.runtime import preflight as module

@@ -135,7 +135,8 @@ def test_mapper_stage_goes_on_in_the_language_of_a_bundle(trained, people_folder
     """Without MODEL/mapper the adapter's is trained on, and what says where a token is stays, so that the UNet still finds it."""
     from safetensors.torch import load_file
     shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns(".state", "mapper"))
-    assert run("mapper", people_folder, tmp_path / "model") == 0
+    for steps in ("2", "4"):                    # the second run resumes, and holds them too
+        assert run("mapper", people_folder, tmp_path / "model", "--steps", steps) == 0
     before, after = load_file(trained / "adapter" / "model.safetensors"), load_file(tmp_path / "model" / "mapper" / "model.safetensors")
     same = {k: torch.equal(v.float(), after[k]) for k, v in before.items() if k.startswith("mapper.") and "latent_avg" not in k}
     assert all(same[k] for k in ("mapper.position", "mapper.norm.weight", "mapper.norm.bias"))

@@ -136,3 +136,12 @@ def _write_texts(folder, rng):
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content))
     save_file({"smile": rng.standard_normal((LAYERS, 512)).astype(np.float32)}, folder / "directions.safetensors")
+
+
+def edit(path, change):
+    """Apply `change` to the parsed manifest of a bundle."""
+    file = path / "manifest.json"
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    return path

@@ -1,7 +1,5 @@
 """Engines of a few bytes in a tiny bundle, for tests of everything around them."""
 
-import json
-
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.engine_specs import EngineFile, EngineSet, engine_path
 from pidiff.runtime.engine_store import EngineStore
@@ -23,12 +21,4 @@ def add(path, targets=TARGETS, version=VERSION, **contents):
         for graph, content in contents.items():
             store.part(engines, graph).write_bytes(content)
             store.add(engines, graph, engine_of(path, engines, graph))
-    return path
-
-
-def edit(path, change):
-    file = path / "manifest.json"
-    data = json.loads(file.read_text())
-    change(data)
-    file.write_text(json.dumps(data))
     return path

@@ -179,10 +179,10 @@ def train_mapper(args, people: People) -> None:
     loss = MapperLoss(model, people, latents, None if known is None else known.people, args.config.batch_size, args.config.device)
     if not begun and adapter.is_file():
         loss.learn_to_read()
-        for part in (model.read, model.mapper.norm):        # a UNet has learned to read these tokens where and as they are
-            part.requires_grad_(False)
-        model.mapper.position.requires_grad_(False)
     trainer = _trainer(args, model, lambda ema, _: save_weights(ema, file))
+    if adapter.is_file():                           # a UNet has learned to read these tokens where and as they are
+        for part in (*model.read.parameters(), *model.mapper.norm.parameters(), model.mapper.position):
+            part.requires_grad_(False)              # after the trainer, so that it can resume whatever was trained before
     trainer.run(loss)
     unseen = load_people(args.data, SIZES["mapper"], "validation", args.people_limit or 1000)
     w_plus = torch.from_numpy(unseen.w)[:, None].expand(-1, W_PLUS_MINI.num_styles, -1)

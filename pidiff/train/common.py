@@ -74,7 +74,7 @@ def leave_processes() -> None:
 
 def average_over_processes(tensors: list[Tensor]) -> None:
     """Replace each tensor by its mean over all processes. Kernels are read and written in the order of channels_last memory, where
-    they lie: transposing them took longer than a pass through the UNet."""
+    they lie: transposing them took a third of a step of `mini`'s base."""
     tensors = [t.permute(0, 2, 3, 1) if t.ndim == 4 else t for t in tensors]
     flat = torch.cat([t.reshape(-1) for t in tensors])
     dist.all_reduce(flat)
