@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoint import load_strict, read_tensors, save_weights
 from ..train.muon import Muon, split_parameters
 from .people import DIRECTIONS, People, load_people
-from .synth import PER_TAR, Generator, add_file, write_manifest
+from .synth import PER_TAR, Generator, add_file, write_latents, write_manifest
 
 SIZE, CUT, MARGIN = 128, 64, 4                      # pixels, features per side, features lost at a crop's border
 
@@ -41,15 +41,18 @@ class Readout(nn.Module):
 
     def modulated(self, x: Tensor, w: Tensor, i: int) -> Tensor:
         gain, bias = self.film[i](w)[:, :, None, None].chunk(2, 1)
-        return F.leaky_relu(self.inner[i](x) * (1 + gain) + bias, 0.2)
+        return F.leaky_relu(x * (1 + gain) + bias, 0.2)
 
     def forward(self, features: Tensor, w: Tensor) -> Tensor:
         w = w - self.mean
-        features = features / self.scale[:, None, None] * self.style(w)[:, :, None, None]
-        x = self.modulated(features, w, 0)
-        x = x + self.modulated(x, w, 1)
+        first = self.inner[0], self.linear                           # both 1 x 1: the style goes into their weights, not the features
+        weight = torch.cat([layer.weight for layer in first]).flatten(1) * (self.style(w) / self.scale)[:, None]
+        x = (weight @ features.flatten(2) + torch.cat([layer.bias for layer in first])[:, None]).unflatten(2, features.shape[2:])
+        x, linear = x.split([layer.out_channels for layer in first], 1)
+        x = self.modulated(x, w, 0)
+        x = x + self.modulated(self.inner[1](x), w, 1)
         x = x + F.leaky_relu(self.inner[2](x), 0.2)
-        return F.pixel_shuffle(self.linear(features) + self.out(x), 2)
+        return F.pixel_shuffle(linear + self.out(x), 2)
 
 
 def fit(generator: Generator, people: People, pictures: int = 860, steps: int = 3000, seed: int = 0) -> Readout:
@@ -96,16 +99,14 @@ def _loss(model: Readout, features: np.ndarray, people: People, chosen: np.ndarr
 @torch.no_grad()
 def draw(model: Readout, features: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Picture uint8 [128, 128, 3] RGB and mask uint8 [128, 128]."""
-    x = torch.from_numpy(features)[None].to(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(x, torch.from_numpy(w)[None]).float()[0]
+    output = model(torch.from_numpy(features)[None], torch.from_numpy(w)[None])[0]
     rgb = (output[:3].clamp(-1, 1) + 1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
     return rgb, (output[3].sigmoid() * 255).byte().numpy()
 
 
 def draft(out: Path, like: Path, people: int, seed: int) -> None:
-    """Write new people, one picture each, in the layout of `people.py`: drawn like the whole generator's pictures in the
-    folder `like`. Goes on where an earlier run with the same arguments stopped."""
+    """Write new people to train on, one picture each, in the layout of `people.py`: drawn like the whole generator's
+    pictures in the folder `like`. Goes on where an earlier run with the same arguments stopped."""
     out.mkdir(parents=True, exist_ok=True)
     generator, known = Generator(), load_people(like, SIZE)
     file = out / "readout.safetensors"
@@ -116,10 +117,12 @@ def draft(out: Path, like: Path, people: int, seed: int) -> None:
         save_weights(model, file)
     model = model.to(memory_format=torch.channels_last)
     rng = np.random.default_rng((seed, 1))                           # others than `synth` draws with this seed
-    codes = generator.w(rng.standard_normal((people, 512)))
+    identities = [10 * (i // 8) + i % 8 for i in range(people)]      # all for training: none ends in 8 or 9
+    codes = generator.w(rng.standard_normal((identities[-1] + 1, 512)))
     rows = [{"file": f"{i:05d}_0.jpg", "identity": i, "variant": 0, "psi": round(float(rng.uniform(0.55, 0.85)), 4),
              **{d: round(float(m), 3) for d, m in zip(DIRECTIONS, rng.normal(0, (2.0, 1.2, 0.7)) * (rng.random() < 2 / 3))}}
-            for i in range(people)]
+            for i in identities]
+    write_latents(out, codes, known.mean[None], known.directions)
     bar = tqdm(total=people, unit="picture", disable=None)
     for number, start in enumerate(range(0, people, PER_TAR)):
         path, part = out / f"faces-{number:02d}.tar", rows[start:start + PER_TAR]
@@ -133,6 +136,6 @@ def draft(out: Path, like: Path, people: int, seed: int) -> None:
                     add_file(tar, row["file"].replace(".jpg", ".mask.png"), cv2.imencode(".png", mask)[1])
                     bar.update()
             os.replace(temporary, path)
+            write_manifest(out, rows[:start + PER_TAR])              # what an interrupted run has drawn can be used
         else:
             bar.update(len(part))
-    write_manifest(out, rows, codes, known.mean[None], known.directions)

@@ -109,16 +109,22 @@ def synthesise(out: Path, people: int, variants: int, size: int, seed: int, matt
             os.replace(temporary, path)
         else:
             bar.update(len(part))
-    write_manifest(out, rows, w, mean, units)
+    write_latents(out, w, mean, units)
+    write_manifest(out, rows)
 
 
-def write_manifest(out: Path, rows: list[dict], w: np.ndarray, mean: np.ndarray, units: dict[str, np.ndarray]) -> None:
-    """latents.npz and manifest.csv, last: a folder with a manifest is complete."""
+def write_latents(out: Path, w: np.ndarray, mean: np.ndarray, units: dict[str, np.ndarray]) -> None:
     np.savez(out / "latents.npz", w=w, mean=mean, **{f"dir_{d}": v for d, v in units.items()})
-    with (out / "manifest.csv").open("w", newline="") as file:
+
+
+def write_manifest(out: Path, rows: list[dict]) -> None:
+    """manifest.csv, last: every picture that it names is there."""
+    temporary = out / "manifest.tmp"
+    with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(temporary, out / "manifest.csv")
 
 
 def add_file(tar: tarfile.TarFile, name: str, data: np.ndarray) -> None:
