@@ -1,11 +1,12 @@
 """What tuning a person's code on a few photos brings: python -m benchmarks.personalize_gain --data DATA --embedder FILE.onnx --people 20
 
-Of each test person's pictures the last is held out, the others are enrolled in three ways: the first alone, the mean of all codes, and
-`pidiff-train personalize`. The same prompts and seeds are then drawn with each, and compared with the held-out picture and with
+Of each test person's pictures the last is held out, the others are enrolled in four ways: the first alone, the mean of all codes, and
+`pidiff-train personalize` with the offset alone and with keys and values. The same prompts and seeds are then drawn with each, and compared with the held-out picture and with
 what the prompt named; intervals are over people, also of the differences.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from pidiff.evaluate.readers import FactorReader, FaceTools
 from pidiff.evaluate.subjects import SIZE
 from pidiff.model import load_model
 from pidiff.runtime.identity import Identity
-from pidiff.train.personalize import PersonalizeOptions, Photos, tuned_code
+from pidiff.train.personalize import PersonalizeOptions, Photos, tuned
 
 SCORES = ("similarity_held_out", "background", "style", "expression", "pose")
 
@@ -47,14 +48,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--steps", type=int, default=PersonalizeOptions.steps)
     parser.add_argument("--learning-rate", type=float, default=PersonalizeOptions.learning_rate)
+    parser.add_argument("--rank", type=int, default=PersonalizeOptions.rank)
+    parser.add_argument("--rank-learning-rate", type=float, default=PersonalizeOptions.rank_learning_rate)
+    parser.add_argument("--split", default="test", choices=("validation", "test"), help="people to try on (default: test)")
     parser.add_argument("--out", type=Path, help="JSON file for the scores")
     args = parser.parse_args()
     tools, generator = FaceTools(args.embedder), BundleGenerator(args.bundle, "onnxruntime", None, None)
     known = load_people(args.data, SIZE, "validation", limit=300)
     factors = FactorReader(tools, known, list(known.images[::3]))
-    people, model = load_people(args.data, SIZE, "test"), load_model(generator.pipeline.bundle.path)
+    people, model = load_people(args.data, SIZE, args.split), load_model(generator.pipeline.bundle.path)
     groups = [i for i in people.variants().values() if len(i) > 2][:args.people]
-    scores: dict[str, list[dict]] = {"one photo": [], "mean code": [], "personalized": []}
+    scores: dict[str, list[dict]] = {"one photo": [], "mean code": [], "offset": [], "personalized": []}
     seconds = []
     for index in tqdm(groups, desc="people", disable=None):
         held_out = tools.embed(people.images[index[-1]])
@@ -62,10 +66,11 @@ def main() -> None:
             continue
         photos = Photos.read(generator.pipeline, [people.images[i] for i in index[:-1]])
         started = time.perf_counter()
-        tuned = tuned_code(model, photos, PersonalizeOptions(args.steps, learning_rate=args.learning_rate))
+        options = PersonalizeOptions(args.steps, learning_rate=args.learning_rate, rank=args.rank, rank_learning_rate=args.rank_learning_rate)
+        whole = tuned(model, photos, options, generator.pipeline.bundle.adapter_id())
         seconds.append(time.perf_counter() - started)
-        for way, code in zip(scores, (photos.codes[0], photos.codes.mean(0), tuned)):
-            person = Identity(code.astype(np.float32), photos.enrolled.face, photos.enrolled.encoder)
+        offset = tuned(model, photos, dataclasses.replace(options, rank=0))
+        for way, person in zip(scores, (Identity(photos.codes[0]), Identity(photos.codes.mean(0)), offset, whole)):
             scores[way].append(draw_and_score(generator, tools, factors, person, held_out, range(args.prompts)))
     print(report(scores, seconds, args.out))
 
@@ -76,7 +81,7 @@ def report(scores: dict[str, list[dict]], seconds: list[float], out: Path | None
     for way, rows in scores.items():
         cells = [metrics.interval([r[name] for r in rows], names, rng) for name in SCORES]
         lines.append(f"| {way} | " + " | ".join("-" if c["mean"] is None else f"{c['mean']:.3f} ({c['low']:.3f} - {c['high']:.3f})" for c in cells) + " |")
-    for way in ("one photo", "mean code"):
+    for way in ("one photo", "mean code", "offset"):
         gain = metrics.interval([a[SCORES[0]] - b[SCORES[0]] for a, b in zip(scores["personalized"], scores[way])], names, rng)
         lines.append(f"\npersonalized - {way}: {gain['mean']:+.3f} ({gain['low']:+.3f} - {gain['high']:+.3f})")
     lines.append(f"\n{np.median(seconds):.1f} s of tuning a person (median), {len(seconds)} people")

@@ -132,8 +132,16 @@ class Bundle:
 
     def encoder_id(self):
         """Return a digest that names the W+ encoder: two bundles of one checkpoint share it, whatever their precision."""
+        return self._digest("w_plus_encoder")
+
+    def adapter_id(self):
+        """Return a digest that names UNet and identity adapter, as `encoder_id` does the encoder."""
+        return self._digest("unet", "adapter")
+
+    def _digest(self, *names):
+        """One digest of the source checkpoint's files, or else the bundle's own, that have one of the names in their path."""
         files = {k: v.sha256 for k, v in self.manifest.files.items() if not k.startswith(f"{ENGINE_FOLDER}/")}
-        parts = next(filter(None, ([v for k, v in sorted(digests.items()) if "w_plus_encoder" in k]
+        parts = next(filter(None, ([v for k, v in sorted(digests.items()) if any(name in k for name in names)]
                                    for digests in (self.manifest.sources, files))), [])
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 

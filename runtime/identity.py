@@ -1,4 +1,5 @@
-"""An enrolled person: a W+ code, optionally the aligned face it came from, in a small safetensors file."""
+"""An enrolled person: a W+ code, optionally the aligned face it came from and what tuning has learned, in a small
+safetensors file."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,19 +8,22 @@ import numpy as np
 
 from .errors import IdentityError, require
 from .files import reason, write_atomic
+from .tuning import MAX_LAYERS, PARTS, PREFIX, Tuning
 
-FORMAT, VERSION = "pidiff-identity", "1"
+FORMAT, VERSION, TUNED_VERSION = "pidiff-identity", "1", "2"     # a file with a tuning is one that older versions refuse
 MAX_BYTES = 8 << 20
 MAX_ABS = 1e4  # W+ codes have entries of a few units; more is a damaged file
 
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """One person. w_plus: float32 [L, 512]. face: RGB uint8 [E, E, 3] or None. encoder: digest of the W+ encoder."""
+    """One person. w_plus: float32 [L, 512]. face: RGB uint8 [E, E, 3] or None. encoder: digest of the W+ encoder. tuning: what
+    `pidiff-train personalize` has changed in the fold, or None; edits keep it as it is."""
 
     w_plus: np.ndarray
     face: np.ndarray | None = None
     encoder: str = ""
+    tuning: Tuning | None = None
 
     def __post_init__(self):
         w = self.w_plus
@@ -44,7 +48,11 @@ class Identity:
         tensors = {"w_plus": np.ascontiguousarray(self.w_plus)}
         if self.face is not None:
             tensors["face"] = np.ascontiguousarray(self.face)
-        return save(tensors, {"format": FORMAT, "version": VERSION, "encoder": self.encoder})
+        notes = {"format": FORMAT, "version": VERSION, "encoder": self.encoder}
+        if self.tuning is not None:
+            tensors |= self.tuning.tensors()
+            notes |= {"version": TUNED_VERSION, "model": self.tuning.model}
+        return save(tensors, notes)
 
     @classmethod
     def load(cls, path):
@@ -57,12 +65,15 @@ class Identity:
             tensors, notes = _read(path)
         except OSError as e:
             raise IdentityError(f"identity must be readable, got {path}: {reason(e)}") from e
-        require(notes.get("format") == FORMAT and notes.get("version") == VERSION, "identity",
+        version = notes.get("version")
+        require(notes.get("format") == FORMAT and version in (VERSION, TUNED_VERSION), "identity",
                 "be a file written by this version of pidiff-enroll", path, IdentityError)
-        require("w_plus" in tensors and set(tensors) <= {"w_plus", "face"}, "identity",
-                "hold w_plus and at most a face", f"{sorted(tensors)} in {path}", IdentityError)
+        tuned = {k: tensors.pop(k) for k in list(tensors) if k.startswith(f"{PREFIX}.")}
+        require("w_plus" in tensors and set(tensors) <= {"w_plus", "face"} and bool(tuned) == (version == TUNED_VERSION), "identity",
+                "hold w_plus and at most a face and a tuning", f"{sorted({*tensors, *tuned})[:4]} in {path}", IdentityError)
         try:
-            return cls(tensors["w_plus"], tensors.get("face"), notes.get("encoder", ""))
+            tuning = Tuning.from_tensors(tuned, notes.get("model", "")) if tuned else None
+            return cls(tensors["w_plus"], tensors.get("face"), notes.get("encoder", ""), tuning)
         except IdentityError as e:
             raise IdentityError(f"identity {path} cannot be used: {e}") from e
 
@@ -75,7 +86,8 @@ class Identity:
         return replace(self, w_plus=(self.w_plus + np.float32(strength) * directions[name]).astype(np.float32))
 
     def mix(self, other, layers, amount=1.0):
-        """Return the identity with the W+ layers listed in `layers` moved towards `other` (amount 1: taken from it)."""
+        """Return the identity with the W+ layers listed in `layers` moved towards `other` (amount 1: taken from it). It is
+        somebody else then, and has no tuning."""
         require(self.w_plus.shape == other.w_plus.shape, "other", f"have {len(self.w_plus)} W+ layers", len(other.w_plus),
                 IdentityError)
         layers = sorted({int(i) for i in layers})
@@ -84,7 +96,7 @@ class Identity:
         require(0 <= amount <= 1, "amount", "lie in [0, 1]", amount, IdentityError)
         w_plus = self.w_plus.copy()
         w_plus[layers] += np.float32(amount) * (other.w_plus[layers] - w_plus[layers])
-        return replace(self, w_plus=w_plus)
+        return replace(self, w_plus=w_plus, tuning=None)
 
 
 def _read(path):
@@ -94,7 +106,8 @@ def _read(path):
     try:
         with safe_open(path, framework="numpy") as file:
             shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}
-            require(len(shapes) <= 2, "identity", "hold at most two tensors", f"{len(shapes)} in {path}", IdentityError)
+            most = 2 + MAX_LAYERS * len(PARTS)
+            require(len(shapes) <= most, "identity", f"hold at most {most} tensors", f"{len(shapes)} in {path}", IdentityError)
             return {k: file.get_tensor(k) for k in shapes}, file.metadata() or {}
     except (SafetensorError, TypeError) as e:  # TypeError: a dtype that numpy does not have
         raise IdentityError(f"identity must be a safetensors file written by pidiff-enroll, got {path}: {e}") from e

@@ -115,9 +115,15 @@ class Pipeline:
         """Return id_fold [1,F] of an Identity, level scales included; None stands for the unconditional identity."""
         model = self.bundle.manifest.model
         w_plus = np.zeros((model.w_plus_layers, model.w_plus_dim), np.float32) if identity is None else identity.w_plus
-        key = ("fold", hashlib.sha256(np.ascontiguousarray(w_plus)).digest(), tuple(level_scale))
+        tuning = None if identity is None else identity.tuning
+        key = ("fold", hashlib.sha256(np.ascontiguousarray(w_plus)).digest(), tuple(level_scale), tuning)
         inputs = {"w_plus": w_plus[None], "level_scale": np.array([level_scale], np.float32)}
-        return self._kept.get(key, lambda: call(self._graph("id_conditioner"), inputs)["id_fold"])
+
+        def make():
+            fold = call(self._graph("id_conditioner"), inputs)["id_fold"]
+            return fold if tuning is None else tuning.add_to(fold, level_scale)
+
+        return self._kept.get(key, make)
 
     def generate(self, identity, prompt, negative_prompt="", *, num_inference_steps=None, guidance_scale=None, id_scale=1.0,
                  id_start=0.0, level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None, seed=None, num_images=None, scheduler=None,
@@ -235,6 +241,9 @@ class Pipeline:
     def _warn_foreign(self, people):
         if any(p.encoder and p.encoder != self.bundle.encoder_id() for p in people):
             warnings.warn("identity was enrolled with another W+ encoder than this bundle's; enroll the photo again if the "
+                          "likeness is poor", stacklevel=3)
+        if any(p.tuning and p.tuning.model != self.bundle.adapter_id() for p in people):
+            warnings.warn("identity was tuned for other weights than this bundle's; run pidiff-train personalize again if the "
                           "likeness is poor", stacklevel=3)
 
 

@@ -132,12 +132,37 @@ def test_drafted_people_load_as_training_data_and_a_second_run_makes_nothing_new
     monkeypatch.setattr(draft, "fit", lambda generator, people: fit(generator, people, pictures=4, steps=2))
     draft.draft(tmp_path, people_folder, people=11, seed=0)
     train, test = load_people(tmp_path, 128), load_people(tmp_path, 128, "test")
-    assert (len(train), len(test)) == (9, 1) and train.images.shape[1:] == (128, 128, 3)
+    assert (len(train), len(test)) == (11, 0) and train.images.shape[1:] == (128, 128, 3)
     assert not np.allclose(train.w[0], train.w[1]) and np.allclose(train.mean, load_people(people_folder, 32).mean, atol=1e-6)
     files = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("faces-*.tar")}
     monkeypatch.setattr(draft, "fit", None)                      # the read-out is kept
     draft.draft(tmp_path, people_folder, people=11, seed=0)
     assert files == {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("faces-*.tar")}
+
+
+def test_an_interrupted_draft_can_be_used_and_goes_on(people_folder, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    from pidiff.data import draft
+    from pidiff.data.people import load_people
+    calls = []
+
+    class Interrupted(HalfGenerator):
+        def features(self, w):
+            calls.append(1)
+            if len(calls) == 10:
+                raise KeyboardInterrupt
+            return super().features(w)
+
+    monkeypatch.setattr(draft, "Generator", Interrupted)
+    monkeypatch.setattr(draft, "PER_TAR", 4)
+    monkeypatch.setattr(draft, "fit", lambda generator, people: draft.Readout().eval())
+    with pytest.raises(KeyboardInterrupt):
+        draft.draft(tmp_path, people_folder, people=11, seed=0)
+    some = load_people(tmp_path, 128)
+    assert len(some) == 8 and not (tmp_path / "faces-02.tar").exists()
+    draft.draft(tmp_path, people_folder, people=11, seed=0)
+    whole = load_people(tmp_path, 128)
+    assert len(whole) == 11 and len(calls) == 10 + 3 and np.array_equal(whole.images[:8], some.images)
 
 
 @pytest.mark.slow

@@ -26,6 +26,31 @@ def test_resume_is_exact(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_precision_is_measured_and_kept(tmp_path, monkeypatch):
+    """auto is whatever is faster here; a run that goes on elsewhere keeps what it began with, in every part."""
+    from pidiff.train import common, precision
+    for seconds, fastest in (({torch.bfloat16: 1.0, torch.float32: 2.0}, "bf16"), ({torch.bfloat16: 2.0, torch.float32: 1.0}, "fp32")):
+        precision.fastest_precision.cache_clear()
+        monkeypatch.setattr(precision, "_seconds", seconds.__getitem__)
+        assert precision.fastest_precision("cpu") == fastest
+    precision.fastest_precision.cache_clear()
+    monkeypatch.undo()
+    assert precision.fastest_precision("cpu") in ("bf16", "fp32")
+
+    def run(steps, **options):
+        model = torch.nn.Linear(32, 32)
+        t = Trainer(model, torch.nn.Linear(32, 32), TrainConfig(steps=steps, batch_size=1, **options), tmp_path, lambda *_: None)
+        seen = []
+        t.run(lambda rng: (seen.append(model(torch.randn(4, 32)).dtype) or model(torch.randn(4, 32)).float().square().mean(), {}))
+        return t, seen
+
+    for step, (fastest, options, want, dtype) in enumerate([
+            ("bf16", {}, "bf16", torch.bfloat16), ("fp32", {}, "bf16", torch.bfloat16), ("bf16", {"precision": "fp32"}, "fp32", torch.float32)]):
+        monkeypatch.setattr(common, "fastest_precision", lambda _: fastest)
+        trainer, seen = run(step + 1, **options)
+        assert (trainer.precision, seen, trainer.optimizers[0].param_groups[0]["dtype"]) == (want, [dtype], dtype)
+
+
 @pytest.mark.parametrize("limit", [{"steps": 40}, {"minutes": 2.0}])
 def test_time_left_follows_steps_or_the_clock(limit, tmp_path):
     model = torch.nn.Linear(2, 1)
@@ -42,7 +67,7 @@ torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
 ema = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
 ema.load_state_dict(model.state_dict())
-t = Trainer(model, ema, TrainConfig(steps=9, batch_size=1, save_every=2), out, lambda *_: None)
+t = Trainer(model, ema, TrainConfig(steps=9, batch_size=1, save_every=2, precision="bf16"), out, lambda *_: None)
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if when == "writing":
     whole = torch.save

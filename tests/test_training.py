@@ -203,7 +203,7 @@ def test_localisation_loss_is_zero_for_the_mask_itself():
 
 @pytest.mark.parametrize("arguments, sentence", [
     (("--steps", "0"), "steps must be at least 1, got 0"),
-    (("--precision", "int4"), "precision must be one of bf16, fp16, fp32, got 'int4'"),
+    (("--precision", "int4"), "precision must be one of auto, bf16, fp16, fp32, got 'int4'"),
     (("--bg", "0"), "--bg must be given to the adapter stage, got it for vae"),
     (("--likeness", "0.1"), "likeness must be at least 0, and given to the base stage only, got 0.1 for vae"),
 ])

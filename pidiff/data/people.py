@@ -94,7 +94,7 @@ def _load_folder(folder: Path, size: int, split: str | None, limit: int | None) 
     latents = dict(np.load(folder / "latents.npz"))             # read once: an NpzFile reads an array at each access
     directions = {d: latents[f"dir_{d}"].astype(np.float32) for d in DIRECTIONS}
     mean = latents["mean"].reshape(-1).astype(np.float32)
-    w = np.stack([_code(row, latents["w"], mean, directions) for row in rows])
+    w = np.array([_code(row, latents["w"], mean, directions) for row in rows], np.float32).reshape(-1, mean.size)
     images = np.zeros((len(rows), size, size, 3), np.uint8)
     masks = np.zeros((len(rows), size, size), np.uint8)
     _read_tars(folder, {r["file"]: i for i, r in enumerate(rows)}, images, masks)

@@ -290,13 +290,13 @@ def training_alphas(scheduler: dict) -> Tensor:
 @torch.no_grad()
 def encoder_bank(encoder: nn.Module, people: People) -> np.ndarray:
     """Codes [N, L, 512] of every picture, background painted white as in `enroll`."""
-    size = encoder.config.input_size
-    parts = []
+    size, parts = encoder.config.input_size, []
+    encoder = encoder.to(memory_format=torch.channels_last)
     for start in tqdm(range(0, len(people), 50), desc="codes", disable=None):
         rows = range(start, min(start + 50, len(people)))
         faces = [people.images[i] if people.faces is None else people.faces[i] for i in rows]
         if people.faces is None:
             faces = [composite(f, people.masks[i].astype(np.float32) / 255, np.full_like(f, 255)) for i, f in zip(rows, faces)]
         white = np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA) for f in faces])
-        parts.append(encoder(to_tensor(white)))
+        parts.append(encoder(to_tensor(white).to(memory_format=torch.channels_last)))
     return torch.cat(parts).numpy()

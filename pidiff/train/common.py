@@ -17,9 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from .muon import Muon, split_parameters
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .precision import AUTO, PRECISIONS, autocast, fastest_precision
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,12 @@ class TrainConfig:
     save_every: int = 250
     sample_every: int = 0               # steps between sheets of sample pictures (base and adapter); 0 = none
     seed: int = 0
-    precision: str = "bf16"             # bf16 | fp16 (with loss scaling) | fp32; autocast, weights stay float32
+    precision: str = AUTO               # bf16 | fp16 (with loss scaling) | fp32, autocast; auto: bf16 or fp32, whichever is faster
     device: str = "cpu"
 
     def __post_init__(self):
-        if self.precision not in DTYPES:
-            raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         for name in ("steps", "batch_size", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -121,7 +119,7 @@ class Trainer:
     """Runs `loss_fn(rng) -> (loss, scalars)` on `model`, keeping averaged weights in `ema`.
 
     The checkpoint `state.pt` in `out` holds everything needed to go on; a killed run resumes from it. Random numbers
-    depend on seed, step and process only. With several processes each draws its own batch of `batch_size`, gradients
+    depend on seed, step and process only; a run that began in one precision goes on in it. With several processes each draws its own batch of `batch_size`, gradients
     are averaged, and the first one writes; only that one returns from `run`. Scalars go to log.jsonl and, where it is
     installed, to TensorBoard; `sample(ema)` gives an RGB uint8 sheet for it and for samples/.
     """
@@ -135,6 +133,7 @@ class Trainer:
     step: int = 0
     seconds: float = 0.0
     rank: int = field(init=False, default=0)
+    precision: str = field(init=False)
 
     def __post_init__(self):
         c = self.config
@@ -143,6 +142,7 @@ class Trainer:
             self.rank = dist.get_rank()
             for tensor in [*self.model.state_dict().values(), *self.ema.state_dict().values()]:
                 dist.broadcast(tensor, 0)
+        self.precision = fastest_precision(c.device) if c.precision == AUTO else c.precision
         matrices, others = split_parameters(self.model)
         self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
@@ -152,10 +152,12 @@ class Trainer:
                                                      weight_decay=c.weight_decay, fused=True))
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["initial_lr"] = group["lr"]
-        self.scaler = torch.amp.GradScaler(torch.device(c.device).type, enabled=c.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(torch.device(c.device).type, enabled=self.precision == "fp16")
         self.out.mkdir(parents=True, exist_ok=True)
         if (self.out / "state.pt").is_file():
             self._resume()
+        for group in (g for o in self.optimizers if isinstance(o, Muon) for g in o.param_groups):
+            group["dtype"] = torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     def progress(self) -> float:
         c = self.config
@@ -235,8 +237,7 @@ class Trainer:
         c = self.config
         rng = np.random.default_rng((c.seed, self.step, stream))
         torch.manual_seed(int(rng.integers(2 ** 62)))
-        kind = torch.device(c.device).type
-        with torch.autocast(kind, DTYPES[c.precision], enabled=c.precision != "fp32"):
+        with autocast(c.device, self.precision):
             loss, scalars = loss_fn(rng)
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss must be finite, got {loss.item()} at step {self.step}; lower the learning rates")
@@ -246,7 +247,7 @@ class Trainer:
         if self.rank:
             return
         state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "scaler": self.scaler.state_dict(),
-                 "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds}
+                 "optimizers": [o.state_dict() for o in self.optimizers], "precision": self.precision, "step": self.step, "seconds": self.seconds}
         temporary = self.out / "state.pt.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.out / "state.pt")
@@ -261,6 +262,8 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
+        if self.config.precision == AUTO:
+            self.precision = state.get("precision", self.precision)
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

@@ -21,6 +21,7 @@ from ..model import Model
 from ..sampling import encode_prompts
 from .base import clean_latents, training_alphas
 from .common import to_images, to_tensor
+from .precision import autocast
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def sample_pairs(model: Model, people: People, codes: np.ndarray, options: Decod
         masks.append(np.stack([p[1] for p in pictures]).astype(np.float16))
         timestep = int(torch.searchsorted(sigmas, float(np.exp(rng.uniform(*np.log(options.sigmas))))).clamp(0, len(sigmas) - 1))
         w_plus = torch.from_numpy(codes[indices].astype(np.float32)).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(str(device)):
             clean = model.encode_image(to_tensor(images[-1]).to(device)).float()
             noise = torch.randn(clean.shape, generator=generator).to(device)
             noisy = alphas[timestep].sqrt() * clean + (1 - alphas[timestep]).sqrt() * noise

@@ -22,6 +22,7 @@ from ..data.factors import composite
 from ..data.people import People
 from ..identity import IdentityAdapter, WPlusMapper
 from .common import to_tensor
+from .precision import autocast
 
 
 def cells_met(config: AdapterConfig, side: int) -> Tensor:
@@ -104,13 +105,13 @@ def load_renderer(file: Path) -> RenderingMapper:
 @torch.no_grad()
 def white_latents(vae: nn.Module, people: People, batch: int = 50) -> Tensor:
     """Latents [N, C, h, w] float16 of every person on white."""
-    parts = []
+    vae, parts = vae.to(memory_format=torch.channels_last), []
     for start in tqdm(range(0, len(people), batch), desc="latents", disable=None):
         part = slice(start, start + batch)
         white = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images[part], people.masks[part])]
         device = next(vae.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16):
-            parts.append(vae.encode(to_tensor(np.stack(white)).to(device)).half().cpu())
+        with autocast(str(device)):
+            parts.append(vae.encode(to_tensor(np.stack(white)).to(device, memory_format=torch.channels_last)).half().cpu())
     return torch.cat(parts)
 
 

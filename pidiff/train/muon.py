@@ -11,10 +11,10 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix [m, n] by Newton-Schulz iteration in bfloat16; singular values end in 0.7 .. 1.2."""
+def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Nearest semi-orthogonal matrix [m, n] by Newton-Schulz iteration in `dtype`; singular values end in 0.7 .. 1.2."""
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
+    x = matrix.to(dtype)
     x = x.T.contiguous() if x.shape[0] > x.shape[1] else x
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
@@ -47,18 +47,19 @@ def like(matrix: Tensor, t: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum. Every process must hold the same gradients; each orthogonalises its share."""
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.01):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.01,
+                 dtype: torch.dtype = torch.bfloat16):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p, update in zip(params, self._updates(params, group["momentum"])):
+            for p, update in zip(params, self._updates(params, group["momentum"], group["dtype"])):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(like(update, p), alpha=-group["lr"] * max(1.0, len(p) ** 2 / p.numel()) ** 0.5)
 
-    def _updates(self, params: list[Tensor], momentum: float) -> list[Tensor]:
+    def _updates(self, params: list[Tensor], momentum: float, dtype: torch.dtype) -> list[Tensor]:
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         owner, load = {}, [0] * size                            # the dearest first, each to the least busy process
         for i in sorted(range(len(params)), key=lambda i: -params[i].numel()):
@@ -71,9 +72,9 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             state["momentum"].mul_(momentum).add_(p.grad)
             if owner[i] == rank:
-                updates.append(orthogonalize(as_matrix(p.grad.add(state["momentum"], alpha=momentum))))
+                updates.append(orthogonalize(as_matrix(p.grad.add(state["momentum"], alpha=momentum)), dtype=dtype))
             else:
-                updates.append(torch.zeros(len(p), p.numel() // len(p), dtype=torch.bfloat16, device=p.device))
+                updates.append(torch.zeros(len(p), p.numel() // len(p), dtype=dtype, device=p.device))
         if size > 1:
             flat = torch.cat([u.reshape(-1) for u in updates])
             dist.all_reduce(flat)

@@ -1,14 +1,16 @@
-"""pidiff-train personalize: tune one person's W+ code on a few photos; the engines stay as they are.
+"""pidiff-train personalize: tune one person's W+ code and identity attention on a few photos; the engines stay as they are.
 
-The encoder reads each photo once and its codes are averaged; then an offset per W+ level is learned through the frozen
-diffusion model, so that it draws these faces. The offset moves every identity token on its own, and the result is an
-ordinary identity file.
+The encoder reads each photo once and its codes are averaged; then two things are learned through the frozen diffusion
+model, so that it draws these faces: an offset per W+ level, which moves every identity token on its own, and a change of
+low rank to `to_k_id` and `to_v_id` of every layer (LoRA, arXiv 2106.09685). With the person's tokens known, that change is a
+few small matrices which the runtime adds to the folded identity (`runtime/tuning.py`), so both fit in an identity file.
 
     L = mean( (M + b (1 - M)) |v - v_hat(c, w + offset)|^2 ) + decay |offset|^2 / std(w)^2        M = person's mask
 """
 
 import argparse
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +24,16 @@ from pidiff.runtime import Pipeline
 from pidiff.runtime.faces import FaceReader, matte
 from pidiff.runtime.identity import Identity
 from pidiff.runtime.images import read_image
+from pidiff.runtime.tuning import LayerChange, Tuning
 
 from ..data.factors import COLOURS, Factors, caption, composite, paint_background
+from ..identity import IdentityAdapter
 from ..model import Model, load_model
 from ..sampling import encode_prompts
 from .augment import misalign
 from .base import training_alphas
 from .common import to_tensor, training_timesteps
+from .precision import autocast
 
 MAX_PHOTOS = 10
 
@@ -38,6 +43,8 @@ class PersonalizeOptions:
     steps: int = 80
     batch_size: int = 4
     learning_rate: float = 0.01
+    rank: int = 4                       # of the change to keys and values; 0: the offset alone
+    rank_learning_rate: float = 0.002
     background_weight: float = 0.1      # b
     decay: float = 0.01
     seed: int = 0
@@ -46,6 +53,45 @@ class PersonalizeOptions:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.rank <= 64:
+            raise ValueError(f"rank must lie in [0, 64], got {self.rank}")
+
+
+class LowRank:
+    """Changes up down^T of `to_k_id` and `to_v_id` in every layer of an adapter; nothing at first. down [d, r], up [C, r]."""
+
+    def __init__(self, adapter: IdentityAdapter, rank: int, generator: torch.Generator):
+        width, names = adapter.config.token_dim, ("to_k_id", "to_v_id")
+        self.adapter = adapter
+        self.down = {name: [nn.Parameter(torch.randn(width, rank, generator=generator) * width ** -0.5) for _ in adapter.layers] for name in names}
+        self.up = {name: [nn.Parameter(torch.zeros(layer.to_q_id.out_features, rank)) for layer in adapter.layers] for name in names}
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for part in (self.down, self.up) for parameters in part.values() for p in parameters]
+
+    @contextmanager
+    def active(self):
+        """The adapter computes with the changes inside the block."""
+        def hook(name: str, i: int):
+            return lambda _, args, out: out + args[0] @ self.down[name][i] @ self.up[name][i].T
+
+        hooks = [getattr(layer, name).register_forward_hook(hook(name, i)) for name in self.down for i, layer in enumerate(self.adapter.layers)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def tuning(self, w_plus: Tensor, model: str) -> Tuning:
+        """What the changes are for a person w_plus [L, 512], in the fold."""
+        tokens, layers = self.adapter.mapper(w_plus[None])[0], []
+        for i, layer in enumerate(self.adapter.layers):
+            w_q, up = (m.unflatten(0, (layer.num_heads, -1)) for m in (layer.to_q_id.weight, self.up["to_k_id"][i]))      # [H, C / H, C or r]
+            query = torch.einsum("hdc,hdr->hcr", w_q, up) * w_q.shape[1] ** -0.5
+            parts = query, tokens @ self.down["to_k_id"][i], tokens @ self.down["to_v_id"][i], self.up["to_v_id"][i].T
+            layers.append(LayerChange(*(p.contiguous().numpy().astype(np.float16) for p in parts)))
+        return Tuning(tuple(layers), model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,32 +118,41 @@ class Photos:
         return cls(faces, masks, np.stack([p.w_plus for p in people]), people[0])
 
 
-def tuned_code(model: Model, photos: Photos, options: PersonalizeOptions = PersonalizeOptions(), progress: bool = False) -> np.ndarray:
-    """The person's W+ code [L, 512] float32 after tuning; deterministic for a seed."""
+def tuned(model: Model, photos: Photos, options: PersonalizeOptions = PersonalizeOptions(), name: str = "", progress: bool = False) -> Identity:
+    """The person after tuning; deterministic for a seed. name: `Bundle.adapter_id` of the model's bundle."""
     rng, generator = np.random.default_rng(options.seed), torch.Generator().manual_seed(options.seed)
     start = torch.from_numpy(photos.codes.mean(0))
     spread = (start - model.w_plus_encoder.latent_avg).std() + 1e-6
-    offset = nn.Parameter(torch.zeros_like(start))
-    alphas, count = training_alphas(model.scheduler), options.batch_size
+    offset, change = nn.Parameter(torch.zeros_like(start)), LowRank(model.adapter, options.rank, generator)
     for part in (model.unet, model.text_encoder, model.vae, model.adapter):
         part.requires_grad_(False)
-    optimizer = torch.optim.Adam([offset], options.learning_rate)
-    for step in tqdm(range(options.steps), desc="personalize", disable=not progress):
-        optimizer.param_groups[0]["lr"] = options.learning_rate * (1 - step / options.steps)
-        latents, masks, prompts = _batch(model, photos, rng, count)
-        torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator)))
-        timesteps = training_timesteps(count, alphas)
-        alpha, noise = alphas[timesteps].view(-1, 1, 1, 1), torch.randn_like(latents)
-        target = noise if model.scheduler.get("prediction_type") != "v_prediction" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-        with torch.autocast("cpu", torch.bfloat16), model.adapter.condition(
-                model.adapter.mapper((start + offset).expand(count, -1, -1)), 1.0):
-            output = model.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timesteps, prompts).sample.float()
-        weight = masks + options.background_weight * (1 - masks)
-        loss = (weight * (output - target).square()).mean() + options.decay * (offset / spread).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return (start + offset).detach().float().numpy()
+    optimizer = torch.optim.Adam([{"params": [offset], "lr": options.learning_rate},
+                                  {"params": change.parameters(), "lr": options.rank_learning_rate}])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    with change.active():
+        for step in tqdm(range(options.steps), desc="personalize", disable=not progress):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * (1 - step / options.steps)
+            loss = _drawing_loss(model, photos, start + offset, options, rng, generator)
+            optimizer.zero_grad()
+            (loss + options.decay * (offset / spread).square().mean()).backward()
+            optimizer.step()
+    w_plus = (start + offset).detach().float()
+    return Identity(w_plus.numpy(), photos.enrolled.face, photos.enrolled.encoder, change.tuning(w_plus, name) if options.rank else None)
+
+
+def _drawing_loss(model: Model, photos: Photos, w_plus: Tensor, options: PersonalizeOptions, rng: np.random.Generator,
+                  generator: torch.Generator) -> Tensor:
+    """The first term of the module docstring, on one batch."""
+    alphas, count = training_alphas(model.scheduler), options.batch_size
+    latents, masks, prompts = _batch(model, photos, rng, count)
+    torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator)))
+    timesteps = training_timesteps(count, alphas)
+    alpha, noise = alphas[timesteps].view(-1, 1, 1, 1), torch.randn_like(latents)
+    target = noise if model.scheduler.get("prediction_type") != "v_prediction" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    with autocast("cpu"), model.adapter.condition(model.adapter.mapper(w_plus.expand(count, -1, -1)), 1.0):
+        output = model.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timesteps, prompts).sample.float()
+    return ((masks + options.background_weight * (1 - masks)) * (output - target).square()).mean()
 
 
 @torch.no_grad()
@@ -119,8 +174,7 @@ def personalize(bundle: Path | None, paths: list, options: PersonalizeOptions = 
     """An Identity for 1 to 10 photos of one person, tuned on the bundle (None: the shipped mini)."""
     pipeline = Pipeline.from_bundle(bundle)
     photos = Photos.read(pipeline, paths)
-    w_plus = tuned_code(load_model(pipeline.bundle.path), photos, options, progress)
-    return Identity(w_plus, photos.enrolled.face, photos.enrolled.encoder)
+    return tuned(load_model(pipeline.bundle.path), photos, options, pipeline.bundle.adapter_id(), progress)
 
 
 def main(argv: list[str]) -> int:
@@ -131,11 +185,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("photos", nargs="+", type=Path, help=f"1 to {MAX_PHOTOS} photos of one person")
     parser.add_argument("--model", type=Path, help="bundle (default: the shipped mini)")
     parser.add_argument("--out", type=Path, required=True, help="identity file to write; pidiff-generate --face takes it")
-    for name in ("steps", "batch_size", "seed"):
+    for name in ("steps", "batch_size", "rank", "seed"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(PersonalizeOptions, name))
     args = parser.parse_args(argv)
     try:
-        options = PersonalizeOptions(args.steps, args.batch_size, seed=args.seed)
+        options = PersonalizeOptions(args.steps, args.batch_size, rank=args.rank, seed=args.seed)
         personalize(args.model, args.photos, options, progress=sys.stderr.isatty()).save(args.out)
     except (ValueError, OSError, PidiffError, CheckpointError) as error:
         print(f"pidiff-train: {error}", file=sys.stderr)
