@@ -94,13 +94,15 @@ def randn(seeds: collections.abc.Iterable[int], shape: tuple[typing.SupportsInt 
     Gaussian noise, float32 [len(seeds), c, h, w]. Each image depends on its own seed, the stream and the
     position within it, never on the batch (Philox4x32-10).
     """
-def sample(schedule: Schedule, latents: numpy.ndarray, seeds: collections.abc.Iterable[int], guidance_scale: typing.SupportsFloat | typing.SupportsIndex, model_input: numpy.ndarray, model_output: numpy.ndarray, call_engine: typing.Any, on_step: typing.Any = None) -> None:
+def sample(schedule: Schedule, latents: numpy.ndarray, seeds: collections.abc.Iterable[int], guidance_scale: typing.SupportsFloat | typing.SupportsIndex, model_input: numpy.ndarray, model_output: numpy.ndarray, call_engine: typing.Any, on_step: typing.Any = None, guided_steps: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None) -> None:
     """
     The denoising loop. latents float32 [B, c, h, w], already times init_noise_sigma, are advanced in place.
     
     Per step: writes the scaled latents to model_input [M, c, h, w] (M = 2B: unconditional rows, then conditional
-    ones; M = B where guidance_scale is 1), calls call_engine(step), which must fill model_output [M, c, h, w]
+    ones; M = B where no step has guidance), calls call_engine(step), which must fill model_output [M, c, h, w]
     (either buffer float32 or float16), then does guidance and the solver step in one pass, then calls
     on_step(step, latents, denoised): True stops with Cancelled. Both arrays are reused: copy what you keep.
+    guided_steps (first, end): steps with guidance, first <= step < end (None: all of them, where guidance_scale is
+    not 1). At every other step only the last B rows of both buffers are written and read.
     Runs without the GIL but for the callbacks. RuntimeError names the step at which latents are not finite.
     """

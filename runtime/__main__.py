@@ -47,6 +47,8 @@ def _generate_parser():
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's, usually 20)")
     parser.add_argument("--scheduler", choices=SOLVERS, help="solver (default: the bundle's, usually dpmpp_2m)")
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="how strictly to follow the prompt; 1 = off")
+    parser.add_argument("--guidance-interval", type=_numbers(2), default=(0.0, 1.0), metavar="START,END",
+                        help="part of the steps with guidance, 0 to 1; the others cost half (default: 0,1)")
     parser.add_argument("--id-scale", type=float, default=1.0, metavar="X", help="strength of the identity; 0 = base model")
     parser.add_argument("--id-start", type=float, default=0.0, metavar="X",
                         help="part of the steps, from the start, without the identity, 0 to 1")
@@ -93,8 +95,9 @@ def _generate(args):
     seconds.update(pipeline.seconds)
     result = pipeline.generate(
         people, args.prompt, args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-        id_scale=args.id_scale, id_start=args.id_start, level_scale=args.level_scale, id_mask=args.region, seed=args.seed,
-        num_images=args.num_images, scheduler=args.scheduler, edits=dict(args.edit),
+        guidance_interval=args.guidance_interval, id_scale=args.id_scale, id_start=args.id_start,
+        level_scale=args.level_scale, id_mask=args.region, seed=args.seed, num_images=args.num_images,
+        scheduler=args.scheduler, edits=dict(args.edit),
         progress=sys.stderr.isatty() and not args.json)
     _add(seconds, result.seconds)
     if args.map and result.identity_map is None:

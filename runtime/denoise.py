@@ -6,6 +6,8 @@ import numpy as np
 
 from .errors import Cancelled, PidiffError
 
+CONSTANT = ("text_kv", "id_fold", "id_mask")  # inputs that stay the same from step to step
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -20,6 +22,7 @@ class Conditions:
     """All inputs of the UNet that do not depend on the step, for M rows ([unconditional..., conditional...]).
 
     text_kv [M,T,2 sum(C)], id_fold [M,P,F], id_mask [M,P,h,w]; id_scale and the first step at which it applies.
+    batch: conditional rows. guided_steps (first, end): the steps that run all rows; the others run the conditional ones.
     """
 
     text_kv: np.ndarray
@@ -27,6 +30,8 @@ class Conditions:
     id_mask: np.ndarray
     id_scale: float
     first_identity_step: int
+    batch: int
+    guided_steps: tuple
 
 
 class Denoiser:
@@ -34,8 +39,12 @@ class Denoiser:
 
     def __init__(self, engine, plan, conditions, latent_shape):
         self._engine, self._plan, self._conditions = engine, plan, conditions
-        self._specs = {s.name: s for s in (*engine.inputs(), *engine.outputs())}
-        self._buffers = self._bind(latent_shape)
+        self._buffers = self._allocate(latent_shape)
+        steps = range(len(plan.schedule))
+        self._rows = [len(self._buffers["latents"]) if self._guided(step) else conditions.batch for step in steps]
+        self._bound = None
+        for rows in sorted(set(self._rows), key=lambda n: n == self._rows[0]):  # compiles for both; the first step's last
+            self._bind(rows)
 
     def run(self, latents, seeds, guidance_scale, on_step=None):
         """Denoise latents [B,c,h,w] (noise times init_noise_sigma) in place.
@@ -53,6 +62,8 @@ class Denoiser:
             active = step >= conditions.first_identity_step and conditions.id_scale > 0
             buffers["time_row"][0] = plan.time_table[step]
             buffers["id_scale"][:] = conditions.id_scale if active else 0.0
+            if self._rows[step] != self._bound:
+                self._bind(self._rows[step])
             self._engine.run()
             if active and "identity_map" in buffers:
                 now = buffers["identity_map"][-batch:].astype(np.float32)
@@ -60,25 +71,33 @@ class Denoiser:
 
         try:
             _C.sample(plan.schedule, latents, seeds, guidance_scale, buffers["latents"], buffers["model_output"],
-                      call_engine, on_step)
+                      call_engine, on_step, conditions.guided_steps)
         except _C.Cancelled as e:
             raise Cancelled("the callback asked to stop") from e
         except RuntimeError as e:
             raise PidiffError(f"{e}: the model's weights or the inputs are damaged, or overflow in half precision") from e
         return None if total is None else total / count
 
-    def _bind(self, latent_shape):
-        """Allocate and bind one array per tensor of the UNet, filled with what stays the same."""
+    def _guided(self, step):
+        first, end = self._conditions.guided_steps
+        return first <= step < end
+
+    def _allocate(self, latent_shape):
+        """Return one array per tensor of the UNet, filled with what stays the same."""
         rows, people = self._conditions.id_fold.shape[:2]
         shapes = {
             "latents": (rows, *latent_shape), "model_output": (rows, *latent_shape), "id_scale": (rows,),
             "time_row": (1, self._plan.time_table.shape[1]), "identity_map": (rows, people, *latent_shape[1:]),
         }
         buffers = {}
-        for name, spec in self._specs.items():
-            if name in shapes:
-                buffers[name] = np.zeros(shapes[name], spec.dtype)
+        for spec in (*self._engine.inputs(), *self._engine.outputs()):
+            if spec.name in shapes:
+                buffers[spec.name] = np.zeros(shapes[spec.name], spec.dtype)
             else:
-                buffers[name] = np.ascontiguousarray(getattr(self._conditions, name), spec.dtype)
-        self._engine.bind(buffers, constant=("text_kv", "id_fold", "id_mask"))
+                buffers[spec.name] = np.ascontiguousarray(getattr(self._conditions, spec.name), spec.dtype)
         return buffers
+
+    def _bind(self, rows):
+        """Let the engine work on the last `rows` rows: in the same memory, so that nothing is copied for a switch."""
+        self._engine.bind({k: v if k == "time_row" else v[-rows:] for k, v in self._buffers.items()}, CONSTANT)
+        self._bound = rows

@@ -17,6 +17,7 @@ class Options:
 
     steps: int
     guidance_scale: float
+    guidance_interval: tuple
     id_scale: float
     id_start: float
     level_scale: tuple
@@ -26,6 +27,12 @@ class Options:
     def __post_init__(self):
         _integer("num_inference_steps", self.steps, 1, MAX_STEPS)
         _number("guidance_scale", self.guidance_scale, 0, 100)
+        require(isinstance(self.guidance_interval, tuple) and len(self.guidance_interval) == 2, "guidance_interval",
+                "be two numbers (start, end)", self.guidance_interval)
+        for value in self.guidance_interval:
+            _number("guidance_interval", value, 0, 1)
+        require(self.guidance_interval[0] < self.guidance_interval[1], "guidance_interval", "end after it starts",
+                self.guidance_interval)
         _number("id_scale", self.id_scale, 0, 10)
         _number("id_start", self.id_start, 0, 1)
         require(isinstance(self.level_scale, tuple) and len(self.level_scale) == 4, "level_scale",
@@ -38,7 +45,12 @@ class Options:
     @property
     def guided(self):
         """Whether the unconditional half of the batch is needed."""
-        return self.guidance_scale != 1.0
+        return self.guided_steps[0] < self.guided_steps[1]
+
+    @property
+    def guided_steps(self):
+        """The steps with guidance: (first, end)."""
+        return tuple(round(x * self.steps) if self.guidance_scale != 1.0 else 0 for x in self.guidance_interval)
 
     @property
     def first_identity_step(self):

@@ -125,13 +125,15 @@ class Pipeline:
 
         return self._kept.get(key, make)
 
-    def generate(self, identity, prompt, negative_prompt="", *, num_inference_steps=None, guidance_scale=None, id_scale=1.0,
-                 id_start=0.0, level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None, seed=None, num_images=None, scheduler=None,
-                 edits=None, callback=None, progress=False, batch_size=4):
+    def generate(self, identity, prompt, negative_prompt="", *, num_inference_steps=None, guidance_scale=None,
+                 guidance_interval=(0.0, 1.0), id_scale=1.0, id_start=0.0, level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None,
+                 seed=None, num_images=None, scheduler=None, edits=None, callback=None, progress=False, batch_size=4):
         """Make pictures of a person and return a Result.
 
         identity: an Identity, a list of them (then with `id_mask`), or None for nobody.
         num_inference_steps, guidance_scale (1 = off), scheduler: None takes the bundle's own (else 20, 3.0, dpmpp_2m).
+        guidance_interval: (start, end), the part of the steps with guidance, as fractions of their number; the others follow
+        the prompt without guidance and cost half.
         id_scale: strength of the identity; 0 is the base model. id_start: part of the steps, from the start, without it.
         level_scale: strength of the W+ levels coarse, middle, fine, finest. edits: direction -> standard deviations.
         id_mask: where each person may appear: boxes (x0, y0, x1, y1) in fractions or arrays [P,H,W] in [0,1].
@@ -144,8 +146,8 @@ class Pipeline:
         model, defaults = self.bundle.manifest.model, self.bundle.manifest.scheduler
         options = Options(
             _first(num_inference_steps, defaults.get("num_inference_steps"), 20),
-            _first(guidance_scale, defaults.get("guidance_scale"), 3.0), id_scale, id_start,
-            tuple(level_scale) if isinstance(level_scale, (list, tuple, np.ndarray)) else level_scale,
+            _first(guidance_scale, defaults.get("guidance_scale"), 3.0), _tuple(guidance_interval), id_scale, id_start,
+            _tuple(level_scale),
             _solver(scheduler, defaults), batch_size)
         people = [self.edit(p, **(edits or {})) for p in resolve_people(identity, model.w_plus_layers)]
         self._warn_foreign(people)
@@ -180,7 +182,8 @@ class Pipeline:
         def rows(count):
             return Conditions(
                 np.concatenate([np.repeat(t, count, 0) for t in text]), np.repeat(np.stack(folds), count, 0),
-                np.repeat(mask[None], count * len(folds), 0), id_scale, options.first_identity_step)
+                np.repeat(mask[None], count * len(folds), 0), id_scale, options.first_identity_step, count,
+                options.guided_steps)
 
         return rows
 
@@ -291,6 +294,10 @@ class _Progress:
 
 def _first(*values):
     return next(v for v in values if v is not None)
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, (list, tuple, np.ndarray)) else value
 
 
 def _solver(scheduler, defaults):

@@ -65,6 +65,38 @@ def test_an_image_is_the_same_in_any_batch(solver):
     np.testing.assert_array_equal(together[1], alone[0])
 
 
+@pytest.mark.parametrize("steps", [(0, 6), (2, 4), (0, 3), (3, 9), (4, 4)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_guided_steps(steps, dtype):
+    """Inside as with guidance, outside as without, on the last rows of both buffers; nothing else is touched there."""
+    loop, (first, end) = Loop(2, 3.0, dtype, "dpmpp_2m"), steps
+    rows = 4 if first < end else 2
+    loop.input, loop.output = (np.zeros((rows, 4, 8, 8), dtype) for _ in range(2))
+    latents, stepper = loop.latents.copy(), core.Solver(loop.schedule)
+
+    def engine(step):
+        guided = first <= step < end
+        loop.calls.append((step, loop.input.copy()))
+        loop.output[:-2] = 0.25 if guided else np.nan
+        loop.output[-2:] = loop.input[-2:] * 0.5
+        loop.input[:-2] = 7
+
+    core.sample(loop.schedule, loop.latents, loop.seeds, 3.0, loop.input, loop.output, engine, None, steps)
+    for i, fed in loop.calls:
+        scaled, guided = stepper.scale_model_input(i, latents).astype(dtype), first <= i < end
+        np.testing.assert_array_equal(fed[-2:], scaled)
+        assert np.array_equal(fed[:-2], scaled if guided else np.full_like(fed[:-2], 7 if i else 0))
+        output = (scaled * dtype(0.5)).astype(np.float32)
+        latents, _ = stepper.step(i, 0.25 + 3 * (output - np.float32(0.25)) if guided else output, latents)
+    np.testing.assert_allclose(loop.latents, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_all_steps_guided_is_the_default():
+    loop = Loop(2, 3.0)
+    core.sample(loop.schedule, loop.latents, loop.seeds, 3.0, loop.input, loop.output, loop.engine, None, (0, 6))
+    np.testing.assert_array_equal(loop.latents, Loop(2, 3.0).run())
+
+
 def test_guidance_formula():
     """m = u + g (c - u), from what one step did."""
     loop = Loop(1, 3.0, steps=1)

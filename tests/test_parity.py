@@ -96,6 +96,14 @@ def test_whole_picture_of_two_people_in_regions(pairs, monkeypatch, name):
     assert np.abs(first - swapped).max() > 1e-3, "who is where must matter"
 
 
+@pytest.mark.parametrize("interval", [(0.2, 0.7), (0.0, 0.5), (0.5, 1.0)])
+def test_guidance_in_a_part_of_the_steps(pairs, monkeypatch, interval):
+    pair = pairs("fused")
+    part = compare(pair, monkeypatch, pair.people[:1], solver="dpmpp_2m", guidance_interval=interval)
+    everywhere = compare(pair, monkeypatch, pair.people[:1], solver="dpmpp_2m")
+    assert np.abs(part - everywhere).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", BUNDLES)
 def test_without_identity_both_sides_are_the_base_model(pairs, monkeypatch, name):
     pair = pairs(name)

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <tuple>
+#include <utility>
 
 #include "bindings/arrays.h"
 #include "sampler/noise.h"
@@ -168,7 +170,8 @@ void require_buffer(const py::array& a, const char* name, py::ssize_t rows, cons
 
 void py_sample(const Schedule& schedule, const py::array& latents, const Seeds& seeds_given,
                double guidance_scale, const py::array& model_input, const py::array& model_output,
-               const py::object& call_engine, const py::object& on_step) {
+               const py::object& call_engine, const py::object& on_step,
+               const std::optional<std::pair<std::int64_t, std::int64_t>>& guided_steps) {
   const std::vector<std::uint64_t> seeds = parse_seeds(seeds_given);
   const auto guidance = static_cast<float>(guidance_scale);
   require_shape(latents, "latents", {-1, -1, -1, -1}, "[B, c, h, w]");
@@ -180,7 +183,11 @@ void py_sample(const Schedule& schedule, const py::array& latents, const Seeds& 
     fail("seeds must hold one seed per image, " + std::to_string(latents.shape(0)) + ", got " +
          std::to_string(seeds.size()));
   if (!std::isfinite(guidance)) fail("guidance_scale must be finite, got " + std::to_string(guidance_scale));
-  const py::ssize_t rows = guidance != 1.0f ? 2 * latents.shape(0) : latents.shape(0);
+  SampleRequest request;
+  request.schedule = &schedule;
+  request.guidance_scale = guidance;
+  if (guided_steps) std::tie(request.guided_from, request.guided_until) = *guided_steps;
+  const py::ssize_t rows = request.any_guided() ? 2 * latents.shape(0) : latents.shape(0);
   require_buffer(model_input, "model_input", rows, latents);
   require_buffer(model_output, "model_output", rows, latents);
   if (!PyCallable_Check(call_engine.ptr())) fail("call_engine must be callable, got " + std::string(py::repr(call_engine)));
@@ -188,10 +195,7 @@ void py_sample(const Schedule& schedule, const py::array& latents, const Seeds& 
     fail("on_step must be callable or None, got " + std::string(py::repr(on_step)));
 
   FloatArray denoised({latents.shape(0), latents.shape(1), latents.shape(2), latents.shape(3)});
-  SampleRequest request;
-  request.schedule = &schedule;
   request.seeds = seeds;
-  request.guidance_scale = guidance;
   request.image_elements = static_cast<std::size_t>(latents.shape(1) * latents.shape(2) * latents.shape(3));
   request.latents = static_cast<float*>(const_cast<void*>(latents.data()));
   request.denoised = denoised.mutable_data();
@@ -228,11 +232,14 @@ void bind_sampler(py::module_& m) {
   bind_solver(m);
   m.def("sample", &py_sample, py::arg("schedule"), py::arg("latents"), py::arg("seeds"), py::arg("guidance_scale"),
         py::arg("model_input"), py::arg("model_output"), py::arg("call_engine"), py::arg("on_step") = py::none(),
+        py::arg("guided_steps") = py::none(),
         "The denoising loop. latents float32 [B, c, h, w], already times init_noise_sigma, are advanced in place.\n\n"
         "Per step: writes the scaled latents to model_input [M, c, h, w] (M = 2B: unconditional rows, then conditional\n"
-        "ones; M = B where guidance_scale is 1), calls call_engine(step), which must fill model_output [M, c, h, w]\n"
+        "ones; M = B where no step has guidance), calls call_engine(step), which must fill model_output [M, c, h, w]\n"
         "(either buffer float32 or float16), then does guidance and the solver step in one pass, then calls\n"
         "on_step(step, latents, denoised): True stops with Cancelled. Both arrays are reused: copy what you keep.\n"
+        "guided_steps (first, end): steps with guidance, first <= step < end (None: all of them, where guidance_scale is\n"
+        "not 1). At every other step only the last B rows of both buffers are written and read.\n"
         "Runs without the GIL but for the callbacks. RuntimeError names the step at which latents are not finite.");
 }
 
