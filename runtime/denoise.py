@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .engines import new_array
 from .errors import Cancelled, PidiffError
 
 
@@ -77,7 +78,7 @@ class Denoiser:
         buffers = {}
         for name, spec in self._specs.items():
             if name in shapes:
-                buffers[name] = np.zeros(shapes[name], spec.dtype)
+                buffers[name] = new_array(self._engine, spec, shapes[name])
             else:
                 buffers[name] = np.ascontiguousarray(getattr(self._conditions, name), spec.dtype)
         self._engine.bind(buffers, constant=("text_kv", "id_fold", "id_mask"))
