@@ -1,8 +1,10 @@
 """Pipelines on compiled engines, on the made-up GPU and module of fake_tensorrt.py: what runs where, and who says why not."""
 
 import importlib.util
+import json
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,3 +173,24 @@ def test_not_installed(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt" else find(name))
     with pytest.raises(EngineError, match=r"engine must be installed .*, got 'tensorrt': it comes with JetPack"):
         Pipeline.from_bundle(folder, engine="tensorrt")
+
+
+BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_engines.py"
+
+
+@pytest.mark.skipif(not BENCHMARK.is_file(), reason="benchmarks/ is not part of the installed package")
+def test_the_gpu_check_compares_and_times(folder, gpu, capsys, monkeypatch):
+    """What gpu_check.sh runs on a GPU, on the made-up one: the numbers mean nothing here, the comparison does."""
+    spec = importlib.util.spec_from_file_location("gpu_engines", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    gpu()
+    arguments = [str(with_engines(folder)), "--steps", "5"]
+    assert benchmark.main(arguments) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["engine"] == "tensorrt-rtx" and said["captured"] and said["same_again"] and said["mean_difference"] < 0.1
+    times = said["milliseconds"]
+    assert 0 < times["wait"] < times["run"] < times["step"] and times["engine"] + times["wait"] == pytest.approx(times["run"], abs=1e-3)
+    decode = Pipeline._decode
+    monkeypatch.setattr(Pipeline, "_decode", lambda self, latents: 255 - decode(self, latents) if self._compiled else decode(self, latents))
+    assert benchmark.main(arguments) == 1 and "the picture must be ONNX Runtime's" in capsys.readouterr().err
