@@ -27,7 +27,7 @@ def main() -> None:
 def build(job: dict) -> dict:
     """Build an engine.
 
-    job: module (`tensorrt_rtx`), version it must have, onnx and out (paths), targets (["sm86", ...]), workspace in bytes,
+    job: module (`tensorrt_rtx` or `tensorrt`), version it must have, onnx and out (paths), targets (["sm86", ...]), workspace in bytes,
     profiles ([{input: [min, opt, max]}]). Returns {"peak_rss": bytes}. Raises RuntimeError with TensorRT's own words.
     """
     trt = importlib.import_module(job["module"])
@@ -44,7 +44,8 @@ def build(job: dict) -> dict:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
     config.progress_monitor = monitor = _monitor(trt)       # noqa: F841, held here while TensorRT calls it
-    _set_targets(trt, config, job["targets"])
+    if hasattr(trt, "ComputeCapability"):
+        _set_targets(trt, config, job["targets"])
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
         for name, (low, best, high) in shapes.items():
@@ -57,10 +58,11 @@ def build(job: dict) -> dict:
 
 
 def _set_targets(trt, config, targets: list[str]) -> None:
-    """Compute capabilities that the engine will run on; only TensorRT-RTX builds for others than this machine's.
+    """Compute capabilities that the engine will run on; TensorRT-RTX builds for others than this machine's.
 
-    No timing cache is made: TensorRT-RTX ignores its content, and asking for one makes it look for a GPU.
+    All its memory is to come from the caller: without that it cannot be captured in a CUDA graph. No timing cache is made: TensorRT-RTX ignores its content, and asking for one makes it look for a GPU.
     """
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
         if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index):
@@ -68,11 +70,18 @@ def _set_targets(trt, config, targets: list[str]) -> None:
 
 
 def _write(trt, builder, network, config, out: str, log) -> None:
-    """Build straight into the file: a serialized engine in memory would be a second copy of the weights."""
+    """Build straight into the file where that can be done: a serialized engine in memory is a second copy of the weights."""
+    nothing = "the build ended without an engine and without a reason"
     with open(out, "wb") as file:
-        writer = _writer(trt, file)
-        if not builder.build_serialized_network_to_stream(network, config, writer):
-            raise writer.error or RuntimeError(log.first or "the build ended without an engine and without a reason")
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            writer = _writer(trt, file)
+            if not builder.build_serialized_network_to_stream(network, config, writer):
+                raise writer.error or RuntimeError(log.first or nothing)
+        else:                                       # TensorRT 10.3
+            engine = builder.build_serialized_network(network, config)
+            if engine is None:
+                raise RuntimeError(log.first or nothing)
+            file.write(engine)
         file.flush()
         os.fsync(file.fileno())
 

@@ -20,10 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options about engines to a parser."""
     group = parser.add_argument_group("engines: graphs compiled for certain GPUs, added to the bundle")
     group.add_argument("--engine", choices=BACKENDS, help=f"build engines for {', '.join(ENGINE_GRAPHS)}; the other graphs "
-                       f"stay on {FALLBACK}. No GPU is needed. An engine that is there already is not built again")
+                       f"stay on {FALLBACK}. tensorrt-rtx needs no GPU for it, tensorrt builds on the GPU that will run it. An "
+                       "engine that is there already is not built again")
     group.add_argument("--into", metavar="BUNDLE", type=Path, help="in place of MODEL and OUT: add engines to this bundle")
-    group.add_argument("--target", default=",".join(DEFAULT_TARGETS), metavar="SM,...",
-                       help="GPUs to build for, or host, the one that is here (default %(default)s: GeForce RTX 30, 40, 50)")
+    group.add_argument("--target", metavar="SM,...", help="GPUs to build for, or host, the one that is here (default "
+                       f"{','.join(DEFAULT_TARGETS)}: GeForce RTX 30, 40, 50; host with tensorrt)")
     group.add_argument("--batch", default="1", metavar="N", help="pictures made at once; N, or MIN:OPT:MAX (default 1)")
     group.add_argument("--people", default="1", metavar="N", help="people in one picture; N, or MIN:OPT:MAX (default 1)")
     group.add_argument("--size", metavar="N", help="of pictures in pixels; N, or MIN:OPT:MAX (default: the model's own)")

@@ -39,7 +39,7 @@ Report = Callable[[str, float], None]            # graph, part of its build that
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """backend: `tensorrt-rtx`. targets: GPUs to build for. shapes: what the engines take. workspace: MiB of scratch memory
+    """backend: `tensorrt-rtx` or `tensorrt`. targets: GPUs to build for. shapes: what the engines take. workspace: MiB of scratch memory
     that a layer may use on the GPU. force: build even where memory is predicted not to suffice."""
 
     backend: str = "tensorrt-rtx"
@@ -63,15 +63,20 @@ class Job:
     weight_bytes: int
 
 
-def parse_targets(text: str, backend: str) -> tuple[str, ...]:
-    """Read `sm89,sm120` or `host`, the GPU of this machine; returns the targets in order, each once."""
-    known = TARGETS[backend]
-    targets = set(text.split(","))
+def parse_targets(text: str | None, backend: str) -> tuple[str, ...]:
+    """Read `sm89,sm120` or `host`, the GPU of this machine; returns the targets in order, each once. None: DEFAULT_TARGETS,
+    or for TensorRT, which builds for the GPU that it builds on, that one."""
+    known, only_host = TARGETS[backend], backend == "tensorrt"
+    targets = set((text or ("host" if only_host else ",".join(DEFAULT_TARGETS))).split(","))
+    gpu, reason = find_gpu() if only_host or "host" in targets else (None, "")
     if "host" in targets:
-        gpu, reason = find_gpu()
         if gpu is None:
-            raise ExportError(f"target must name GPUs, such as {','.join(DEFAULT_TARGETS)}, on this machine, got host: {reason}")
+            instead = "be a machine with a GPU for tensorrt" if only_host else (
+                f"name GPUs, such as {','.join(DEFAULT_TARGETS)}, on this machine")
+            raise ExportError(f"target must {instead}, got host: {reason}")
         targets = targets - {"host"} | {gpu.target}
+    if only_host and (gpu is None or targets != {gpu.target}):
+        raise ExportError(f"target must be host for tensorrt, which builds for the GPU that is here, got {text}")
     for target in sorted(targets - set(known)):
         raise ExportError(f"target must be host or among {', '.join(known)} for {backend}, got {target or 'nothing'}")
     return tuple(t for t in known if t in targets)

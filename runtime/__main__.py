@@ -76,8 +76,9 @@ def _common(parser):
 
     parser.add_argument("--bundle", metavar="DIR", help="bundle made by pidiff-export (default: the shipped mini)")
     parser.add_argument("--engine", default=AUTO, metavar="NAME",
-                        help=f"one of {', '.join(ENGINES)}, or auto (default): openvino where it is installed, on x86-64 "
-                             "processors, for bundles of 512 MiB and more; else onnxruntime")
+                        help=f"one of {', '.join(ENGINES)}, or auto (default): engines in the bundle that run on the GPU here; "
+                             "openvino where it is installed, on x86-64 processors, for bundles of 512 MiB and more; else "
+                             "onnxruntime")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all)")
     parser.add_argument("--largest-face", action="store_true", help="take the largest face of a photo with several")
     parser.add_argument("--json", action="store_true", help="print seconds per stage, engine and seed as JSON")

@@ -1,9 +1,35 @@
-"""What GPU is here, asked of the driver itself through ctypes: no CUDA toolkit, no vendor package, no context made."""
+"""CUDA through its driver, by ctypes: what GPU is here, and memory, streams and graphs on it.
+
+No CUDA toolkit and no vendor package. Asking what is here (`find_gpu`) makes no context. Everything else lives in the
+primary context, the one that TensorRT uses too.
+"""
 
 import ctypes
+import weakref
 from dataclasses import dataclass
 
-_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76       # CUdevice_attribute
+import numpy as np
+
+from .errors import EngineError
+
+LIBRARY = "libcuda.so.1"
+_INTEGRATED, _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 18, 75, 76      # CUdevice_attribute
+_PORTABLE_AND_MAPPED, _NON_BLOCKING, _THREAD_LOCAL, _OUT_OF_MEMORY = 1 | 2, 1, 1, 2
+_INT, _UNSIGNED, _SIZE, _ADDRESS, _HANDLE = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p
+_P = ctypes.POINTER
+# What a Device calls, by the names that the library exports (cuda.h renames some). All return a CUresult.
+_PROTOTYPES = {
+    "cuInit": (_UNSIGNED,), "cuDeviceGet": (_P(_INT), _INT), "cuDeviceGetAttribute": (_P(_INT), _INT, _INT),
+    "cuDevicePrimaryCtxRetain": (_P(_HANDLE), _INT), "cuDevicePrimaryCtxRelease_v2": (_INT,), "cuCtxSetCurrent": (_HANDLE,),
+    "cuGetErrorName": (_INT, _P(ctypes.c_char_p)),
+    "cuMemAlloc_v2": (_P(_ADDRESS), _SIZE), "cuMemFree_v2": (_ADDRESS,), "cuMemHostAlloc": (_P(_HANDLE), _SIZE, _UNSIGNED),
+    "cuMemFreeHost": (_HANDLE,), "cuMemHostGetDevicePointer_v2": (_P(_ADDRESS), _HANDLE, _UNSIGNED),
+    "cuMemcpyHtoDAsync_v2": (_ADDRESS, _HANDLE, _SIZE, _HANDLE), "cuMemcpyDtoHAsync_v2": (_HANDLE, _ADDRESS, _SIZE, _HANDLE),
+    "cuStreamCreate": (_P(_HANDLE), _UNSIGNED), "cuStreamDestroy_v2": (_HANDLE,), "cuStreamSynchronize": (_HANDLE,),
+    "cuStreamBeginCapture_v2": (_HANDLE, _INT), "cuStreamEndCapture": (_HANDLE, _P(_HANDLE)),
+    "cuGraphInstantiateWithFlags": (_P(_HANDLE), _HANDLE, ctypes.c_ulonglong), "cuGraphLaunch": (_HANDLE, _HANDLE),
+    "cuGraphExecDestroy": (_HANDLE,), "cuGraphDestroy": (_HANDLE,),
+}
 
 
 @dataclass(frozen=True)
@@ -15,10 +41,10 @@ class Gpu:
     driver: str
 
 
-def find_gpu(library="libcuda.so.1"):
+def find_gpu(library=None):
     """Return (Gpu, "") or (None, why there is none). Never raises: no driver is an ordinary answer."""
     try:
-        cuda = ctypes.CDLL(library)
+        cuda = ctypes.CDLL(library or LIBRARY)
     except OSError:
         return None, "no NVIDIA driver"
     try:
@@ -43,3 +69,144 @@ def _first_gpu(cuda):
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
     return Gpu(name.value.decode("utf-8", "replace"), f"sm{major.value}{minor.value}",
                f"{version.value // 1000}.{version.value % 1000 // 10}"), ""
+
+
+class Device:
+    """The first GPU, in its primary context. What is made from it keeps it; the context is released after the last of them.
+
+    integrated: GPU and processor share their memory (Jetson), so that host memory need not be copied. Raises EngineError.
+    """
+
+    def __init__(self):
+        try:
+            self._cuda = ctypes.CDLL(LIBRARY)
+            for name, types in _PROTOTYPES.items():
+                getattr(self._cuda, name).argtypes = types
+        except (OSError, AttributeError) as e:
+            raise EngineError(f"device must have an NVIDIA driver that PIDiff knows, got: {e}") from e
+        number, context, integrated = _INT(), _HANDLE(), _INT()
+        self.call("cuInit", 0)
+        self.call("cuDeviceGet", number, 0)
+        self.call("cuDeviceGetAttribute", integrated, _INTEGRATED, number)
+        self.call("cuDevicePrimaryCtxRetain", context, number)
+        self.integrated, self._context = bool(integrated.value), context
+        weakref.finalize(self, self._cuda.cuDevicePrimaryCtxRelease_v2, number)
+
+    def call(self, name, *args):
+        """Call the driver; EngineError names the function and the error. Pointers to values are taken here."""
+        args = [a if isinstance(a, int) or not issubclass(t, ctypes._Pointer) else ctypes.byref(a)
+                for a, t in zip(args, _PROTOTYPES[name])]
+        if status := getattr(self._cuda, name)(*args):
+            if status == _OUT_OF_MEMORY:
+                raise EngineError(f"the GPU must have enough free memory, got none left in {name}: close other programs, or "
+                                  "make smaller or fewer pictures at once")
+            word = ctypes.c_char_p()
+            self._cuda.cuGetErrorName(status, ctypes.byref(word))
+            raise EngineError(f"{name} must succeed, got {(word.value or b'an unknown error').decode()} ({status})")
+
+    def use(self):
+        """Make the context current in this thread; needed once before other calls in it."""
+        self.call("cuCtxSetCurrent", self._context)
+
+    def finalize(self, owner, name, handle):
+        """Call the driver's `name` on `handle` when `owner` is gone; errors are ignored, for nobody could act on them."""
+        def release(device):
+            device._cuda.cuCtxSetCurrent(device._context)
+            getattr(device._cuda, name)(handle)
+
+        return weakref.finalize(owner, release, self)
+
+
+class DeviceMemory:
+    """`size` bytes that only the GPU reads and writes, at `address`."""
+
+    def __init__(self, device, size):
+        device.use()
+        address = _ADDRESS()
+        device.call("cuMemAlloc_v2", address, size)
+        self.address, self.size = address.value, size
+        device.finalize(self, "cuMemFree_v2", address)
+
+
+class HostMemory:
+    """`size` bytes of page-locked host memory, at `host`; the GPU reads and writes them itself at `address`."""
+
+    def __init__(self, device, size):
+        device.use()
+        host, address = _HANDLE(), _ADDRESS()
+        device.call("cuMemHostAlloc", host, size, _PORTABLE_AND_MAPPED)
+        device.finalize(self, "cuMemFreeHost", host)
+        device.call("cuMemHostGetDevicePointer_v2", address, host, 0)
+        self.host, self.address, self.size = host.value, address.value, size
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (self.host, False)}
+
+    def array(self, shape, dtype):
+        """Return an array on the start of this memory, which it keeps."""
+        count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        return np.asarray(self)[:count].view(dtype).reshape(shape)
+
+
+class Scratch:
+    """Memory for intermediate results that several engines use one after the other: as large as the most demanding needs."""
+
+    def __init__(self, device):
+        self.device, self.memory = device, None
+
+    def reserve(self, size):
+        """Make sure of `size` bytes. The memory may move: compare its address before every use."""
+        if size and (self.memory is None or self.memory.size < size):
+            self.memory = None          # freed first: both at once may be too much
+            self.memory = DeviceMemory(self.device, size)
+
+
+class Stream:
+    """A queue of work of our own, which does not wait for the default stream. handle: what vendors' calls take."""
+
+    def __init__(self, device):
+        device.use()
+        handle = _HANDLE()
+        device.call("cuStreamCreate", handle, _NON_BLOCKING)
+        self._device, self.handle = device, handle.value
+        device.finalize(self, "cuStreamDestroy_v2", handle)
+
+    def upload(self, memory, array):
+        """Queue a copy of a contiguous array to the start of a memory."""
+        self._device.call("cuMemcpyHtoDAsync_v2", memory.address, array.ctypes.data, array.nbytes, self.handle)
+
+    def download(self, array, memory):
+        """Queue a copy from the start of a memory into an array in page-locked memory."""
+        self._device.call("cuMemcpyDtoHAsync_v2", array.ctypes.data, memory.address, array.nbytes, self.handle)
+
+    def synchronize(self):
+        """Wait until all that was queued is done."""
+        self._device.call("cuStreamSynchronize", self.handle)
+
+    def capture(self, work):
+        """Return a Graph of what `work()` queues here, without running it. Raises EngineError, and what `work` raises."""
+        self._device.call("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
+        graph = _HANDLE()
+        try:
+            work()
+        except BaseException:
+            self._device._cuda.cuStreamEndCapture(self.handle, ctypes.byref(graph))     # an error of its own tells less
+            if graph:
+                self._device.call("cuGraphDestroy", graph)
+            raise
+        self._device.call("cuStreamEndCapture", self.handle, graph)
+        return Graph(self._device, self, graph)
+
+
+class Graph:
+    """Captured work that is queued again by one call."""
+
+    def __init__(self, device, stream, graph):
+        self._device, self._stream, self._handle = device, stream, _HANDLE()
+        try:
+            device.call("cuGraphInstantiateWithFlags", self._handle, graph, 0)
+        finally:
+            device.call("cuGraphDestroy", graph)
+        device.finalize(self, "cuGraphExecDestroy", self._handle)
+
+    def launch(self):
+        """Queue the work on the stream that it was captured on."""
+        self._device.call("cuGraphLaunch", self._handle, self._stream.handle)

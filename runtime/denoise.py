@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .engines import new_array
 from .errors import Cancelled, PidiffError
 
 CONSTANT = ("text_kv", "id_fold", "id_mask")  # inputs that stay the same from step to step
@@ -92,7 +93,7 @@ class Denoiser:
         buffers = {}
         for spec in (*self._engine.inputs(), *self._engine.outputs()):
             if spec.name in shapes:
-                buffers[spec.name] = np.zeros(shapes[spec.name], spec.dtype)
+                buffers[spec.name] = new_array(self._engine, spec, shapes[spec.name])
             else:
                 buffers[spec.name] = np.ascontiguousarray(getattr(self._conditions, spec.name), spec.dtype)
         return buffers

@@ -17,8 +17,9 @@ from .strict import Reader, short
 
 ENGINE_FOLDER = "engines"
 # backend -> GPU targets that it can build a bundle's graphs for, by number. TensorRT-RTX has sm75 (Turing) too, but no float32
-# matrix product there, which the conditioners need.
-TARGETS = {"tensorrt-rtx": ("sm80", "sm86", "sm89", "sm120", "sm121")}
+# matrix product there, which the conditioners need. TensorRT builds for the GPU that it builds on.
+TARGETS = {"tensorrt-rtx": ("sm80", "sm86", "sm89", "sm120", "sm121"),
+           "tensorrt": ("sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121")}
 BACKENDS = tuple(TARGETS)
 _TARGET = re.compile(r"sm[1-9][0-9]{1,2}")
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.]{0,31}")

@@ -9,7 +9,9 @@ from collections import OrderedDict
 import numpy as np
 
 from .bundle import Bundle
+from .compiled import CompiledEngines, find_compiled
 from .denoise import Conditions, Denoiser, Plan
+from .engine_specs import BACKENDS
 from .engines import AUTO, PRECISIONS, bind_new, call, choose_engine, fall_back, load_engine
 from .errors import EngineError, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
@@ -39,8 +41,14 @@ class Pipeline:
         self.bundle, self.device, self.threads, self.precision = bundle, device, threads, precision
         self.seconds, self._may_fall_back = {}, engine == AUTO
         size = sum(f.size for f in bundle.manifest.files.values())
-        self.engine = choose_engine(device, size) if engine == AUTO else engine
-        self._engine_class = load_engine(self.engine)
+        load_engine(engine if engine != AUTO else "onnxruntime")         # installed at all?
+        self._compiled = CompiledEngines(bundle, engine) if engine in BACKENDS else find_compiled(bundle) if engine == AUTO else None
+        self._others_device = device
+        if self._compiled:
+            self.engine, self.device, self._engine_class = self._compiled.backend, "cuda", load_engine("onnxruntime")
+        else:
+            self.engine = choose_engine(device, size) if engine == AUTO else engine
+            self._engine_class = load_engine(self.engine)
         self._engines, self._kept = {}, _Recent(16)
         self._schedule_config = bundle.json("schedule.json")
 
@@ -48,8 +56,9 @@ class Pipeline:
     def from_bundle(cls, path=None, engine=AUTO, device="cpu", threads=None, verify=True, precision="auto"):
         """Open a bundle (None: the shipped `mini`) for an engine and a device.
 
-        engine: "onnxruntime", "openvino", or "auto": OpenVINO where it is installed, on x86-64 processors, for bundles of
-        512 MiB and more; else ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes.
+        engine: "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt" (graphs that have such an engine in the bundle; the
+        others run on ONNX Runtime), or "auto": the bundle's engines where they run on the GPU that is here; OpenVINO where
+        it is installed, on x86-64 processors, for bundles of 512 MiB and more; else ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes.
         precision: "full" computes in no fewer bits than the bundle was exported in; "auto" lets OpenVINO run UNet and VAE
         decoder in bfloat16 where the processor has it, which changes pictures slightly. Raises BundleError, EngineError.
         """
@@ -157,7 +166,7 @@ class Pipeline:
         with self._stage("plan"):
             plan = self.plan(options.steps, options.scheduler)
         images, maps = [], []
-        chunks = [seeds[i:i + options.batch_size] for i in range(0, len(seeds), options.batch_size)]
+        chunks = self._chunks(seeds, options)
         with _Progress(callback, progress, options.steps * len(chunks), self._decode) as watch:
             for chunk in chunks:
                 latents, identity_map = self._denoise(plan, chunk, options, conditions, watch)
@@ -166,6 +175,15 @@ class Pipeline:
         self.seconds["total"] = time.perf_counter() - begun
         return Result(images, None if maps[0] is None else np.concatenate(maps), seeds, self.seconds, self.engine,
                       self.device, options.scheduler, options.steps, float(options.guidance_scale))
+
+    def _chunks(self, seeds, options):
+        """Split the seeds into batches: of `batch_size`, or of what compiled engines take."""
+        most = self._compiled.most_images(options.guided) if self._compiled else None
+        batch = min(options.batch_size, most or options.batch_size)
+        chunks = [seeds[i:i + batch] for i in range(0, len(seeds), batch)]
+        for chunk in chunks if self._compiled else ():
+            self._compiled.check_images((len(chunk), *self.bundle.manifest.model.latent_shape))
+        return chunks
 
     def _conditions(self, options, people, mask, prompt, negative_prompt):
         """Return a function: number of images -> Conditions with rows [unconditional..., conditional...]."""
@@ -220,15 +238,17 @@ class Pipeline:
                 except EngineError as e:
                     if not self._may_fall_back or self.engine == "onnxruntime":
                         raise
-                    self.engine = fall_back(self.engine, e)
+                    self.engine, self.device, self._compiled = fall_back(self.engine, e), self._others_device, None
                     self._engine_class = load_engine(self.engine)
                     self._engines[name] = self._load(name)
         return self._engines[name]
 
     def _load(self, name):
+        if self._compiled and name in self._compiled:
+            return self._compiled.load(name)
         spec, hot = self.bundle.graph(name), name in HOT_GRAPHS
         return self._engine_class(
-            self.bundle.file(spec.file), spec, device=self.device, threads=self.threads, static=hot,
+            self.bundle.file(spec.file), spec, device=self._others_device, threads=self.threads, static=hot,
             fused=self.bundle.manifest.attention == "fused", precision=self.precision if hot else "full")
 
     @contextlib.contextmanager

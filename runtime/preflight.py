@@ -26,13 +26,14 @@ _MACHINE = {"old_cuda_driver": "the NVIDIA driver is too old for it", "old_cuda_
 @dataclass(frozen=True)
 class Finding:
     """What is to be expected of one engine: set of engines ("" where none was built), graph, verdict (a key of VERDICTS),
-    why, and the command that would make it better ("" where none would)."""
+    why, the command that would make it better ("" where none would), and the backend."""
 
     engines: str
     graph: str
     verdict: str
     why: str = ""
     command: str = ""
+    backend: str = ""
 
     def __str__(self):
         words = _WORDS[self.verdict] + (f": {self.why}" if self.why else "")
@@ -41,14 +42,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Preflight:
-    """here: the GPU and driver in words. findings: one Finding per engine, and per graph that has none."""
+    """here: the GPU and driver in words. findings: one Finding per engine, and per graph that has none. gpu: cuda.Gpu or None."""
 
     here: str
     findings: tuple
+    gpu: object = None
 
-    def best(self, graph):
-        """Return the best Finding for a graph, the engine that a loader should take, or None."""
-        found = [f for f in self.findings if f.graph == graph]
+    def best(self, graph, backend=None):
+        """Return the best Finding for a graph, the engine that a loader should take, or None; `backend`: of this one only."""
+        found = [f for f in self.findings if f.graph == graph and backend in (None, f.backend)]
         return min(found, key=lambda f: VERDICTS[f.verdict], default=None)
 
     @property
@@ -71,12 +73,12 @@ def preflight(bundle):
         newest = list(sets)[-1]
         built = {f.graph for f in findings}
         findings += [_missing(bundle, newest, graph, gpu, reason) for graph in ENGINE_GRAPHS if graph not in built]
-    return Preflight(here, tuple(findings))
+    return Preflight(here, tuple(findings), gpu)
 
 
 def _judge(bundle, engines, graph, gpu, reason):
     """The verdict on one engine."""
-    finding = lambda verdict, why="", command="": Finding(engines.id, graph, verdict, why, command)
+    finding = lambda verdict, why="", command="": Finding(engines.id, graph, verdict, why, command, engines.backend)
     version, why = _usable(engines.backend, gpu, reason)
     if version is None:
         return finding("fallback", why)
@@ -104,9 +106,9 @@ def _missing(bundle, engines, graph, gpu, reason):
     """The verdict on a graph that no set holds: its build was stopped."""
     version, why = _usable(engines.backend, gpu, reason)
     if version is None:
-        return Finding("", graph, "fallback", why)
+        return Finding("", graph, "fallback", why, backend=engines.backend)
     targets = engines.targets if gpu.target in engines.targets else (gpu.target,)
-    return Finding("", graph, "rebuild", "it was never built", rebuild_command(bundle, engines, targets))
+    return Finding("", graph, "rebuild", "it was never built", rebuild_command(bundle, engines, targets), engines.backend)
 
 
 def _usable(backend, gpu, reason):
@@ -118,14 +120,19 @@ def _usable(backend, gpu, reason):
     return tensorrt.installed_version(backend)
 
 
-def rebuild_command(bundle, engines, targets):
-    """Return the command that builds a set of engines again, for `targets`, with the same shapes."""
+def rebuild_command(bundle, engines, targets, **wider):
+    """Return the command that builds a set of engines again, for `targets`, with the same shapes.
+
+    wider: sizes that must fit in as well, name of an option (`batch`, `people`, `size`) -> numbers.
+    """
     words = ["pidiff-export", "--into", str(bundle.path), "--engine", engines.backend, "--target", ",".join(targets)]
     scale = bundle.manifest.model.vae_scale_factor
     for option, graph, tensor, axis, unit in (("--batch", "vae_decoder", "latents", 0, 1), ("--people", "unet", "id_mask", 1, 1),
                                               ("--size", "vae_decoder", "latents", 2, scale)):
         if graph in engines.graphs:
-            sizes = [shape[axis] * unit for shape in engines.graphs[graph].profiles[0][tensor]]
+            low, best, high = (shape[axis] * unit for shape in engines.graphs[graph].profiles[0][tensor])
+            more = wider.get(option[2:], ())
+            sizes = (min(low, *more), best, max(high, *more)) if more else (low, best, high)
             default = bundle.manifest.model.image_size if option == "--size" else 1
             if set(sizes) != {default}:
                 words += [option, ":".join(map(str, sizes))]

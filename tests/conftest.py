@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
+import sys
 
 # A job in the background of a script starts with SIGINT ignored, and its children too: the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,3 +46,33 @@ def trained(people_folder, tmp_path_factory: pytest.TempPathFactory):
     from trained_folder import train_all
 
     return train_all(people_folder, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory):
+    """The made-up CUDA driver."""
+    from fake_tensorrt import FakeDriver
+
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    return FakeDriver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def gpu(driver, monkeypatch):
+    """Return a function that puts the made-up GPU and a module in place; afterwards nothing of them may be left."""
+    from fake_tensorrt import BACKENDS, make_module
+    from pidiff.runtime import cuda
+
+    def use(backend="tensorrt-rtx", integrated=False, room=1 << 40, **more):
+        module = BACKENDS[backend]
+        driver.library.fake_setup(integrated, room)
+        monkeypatch.setattr(cuda, "LIBRARY", driver.path)
+        trt = make_module(driver, module, **more)
+        monkeypatch.setitem(sys.modules, module, trt)
+        return trt
+
+    yield use
+    gc.collect()            # exceptions that were caught keep frames in cycles
+    left = driver.counts()
+    assert (left.live, left.retained) == (0, 0), "memory, streams, graphs or the context were not given back"

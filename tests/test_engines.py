@@ -123,6 +123,18 @@ def test_host_is_the_gpu_that_is_here(monkeypatch):
     assert engines.parse_targets("sm89,host,sm80,sm89", "tensorrt-rtx") == ("sm80", "sm89", "sm120")
 
 
+def test_tensorrt_builds_for_the_gpu_that_is_here(capsys, bundle, builder, monkeypatch):
+    built = builder(version="10.3.0")
+    monkeypatch.setattr(engines, "find_gpu", lambda: (Gpu("Orin", "sm87", "12.6"), ""))
+    assert engines.parse_targets(None, "tensorrt") == engines.parse_targets("host", "tensorrt") == ("sm87",)
+    said = refused(capsys, "--into", bundle, "--engine", "tensorrt", "--target", "sm89")
+    assert "target must be host for tensorrt, which builds for the GPU that is here, got sm89" in said
+    assert main(["--into", str(bundle), "--engine", "tensorrt", "--quiet"]) == 0 and built() == list(ENGINE_GRAPHS)
+    assert list(Bundle.open(bundle).manifest.engines) == ["tensorrt-sm87-10.3.0"]
+    monkeypatch.setattr(engines, "find_gpu", lambda: (None, "no NVIDIA driver"))
+    assert "be a machine with a GPU for tensorrt, got host: no" in refused(capsys, "--into", bundle, "--engine", "tensorrt")
+
+
 def test_not_installed_is_told_before_an_export_begins(capsys, bundle, monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "installed_version", lambda backend: (None, "tensorrt_rtx is not installed (pip install x)"))
     for arguments in (("--into", bundle), ("mini", tmp_path / "out")):

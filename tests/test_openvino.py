@@ -300,7 +300,7 @@ def test_unusable_graphs(bundles, tmp_path):
 
 def test_not_installed(bundles, monkeypatch):
     find = engines.importlib.util.find_spec
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: find(name) if name == "onnxruntime" else None)
     with pytest.raises(EngineError, match=r"installed: onnxruntime\), got 'openvino': pip install 'pidiff-edge\[openvino\]'"):
         Pipeline.from_bundle(bundles["fp32"], engine="openvino")
     assert choose_engine("cpu", 1 << 40) == "onnxruntime"

@@ -14,6 +14,8 @@ from ..errors import EngineError
 ENGINES = {
     "onnxruntime": ("onnxruntime", "OnnxRuntimeEngine", "onnxruntime", "pip install onnxruntime"),
     "openvino": ("openvino", "OpenVinoEngine", "openvino", "pip install 'pidiff-edge[openvino]'"),
+    "tensorrt-rtx": ("tensorrt", "TensorRtEngine", "tensorrt_rtx", "pip install 'pidiff-edge[rtx]'"),
+    "tensorrt": ("tensorrt", "TensorRtEngine", "tensorrt", "it comes with JetPack or NVIDIA's TensorRT packages"),
 }
 AUTO = "auto"  # the name that `choose_engine` turns into one of the above
 OPENVINO_BYTES = 512 << 20  # a smaller model has drawn its picture in ONNX Runtime before OpenVINO has compiled it
@@ -28,7 +30,9 @@ class Engine(Protocol):
     fused: the graph holds nodes of the domain `pidiff`. static: the same few shapes come again and again, so that it is
     worth compiling for each of them. precision: "full" computes in no fewer bits than the graph is written in, "auto"
     may where the processor is faster then. An engine that gains nothing by the last two does the same for all their
-    values. Raises EngineError.
+    values. Raises EngineError. TensorRT's takes a compiled engine in place of a path (compiled.py).
+
+    An engine whose device has memory of its own may also have `array(name, shape)`, see `new_array`.
     """
 
     def inputs(self):
@@ -116,6 +120,15 @@ def check_tensors(specs, tensors):
 def _installed():
     names = [n for n, (_, _, vendor, _) in ENGINES.items() if importlib.util.find_spec(vendor)]
     return ", ".join(names) or "none"
+
+
+def new_array(engine, spec, shape):
+    """Return zeros [shape] to be bound as the tensor of a TensorSpec, in memory that the engine's device copies from and to
+    directly where the engine has such memory (`array`). That memory belongs to the engine: copy what you keep."""
+    make = getattr(engine, "array", None)
+    array = make(spec.name, shape) if make else np.empty(shape, spec.dtype)
+    array[...] = 0
+    return array
 
 
 def call(engine, inputs, **axes):

@@ -1,9 +1,22 @@
-"""TensorRT-RTX without a loaded engine: which version is installed, and what it says about an engine file's header."""
+"""TensorRT and TensorRT-RTX, by one class: their Python modules have the same names for what is used here.
+
+First what can be asked without a loaded engine: the installed version, and what TensorRT-RTX says about an engine's header.
+"""
 
 import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..cuda import DeviceMemory, HostMemory, Stream
+from ..errors import EngineError, require
+from . import rebound
 
 # backend in the manifest -> (Python module, what installs it)
-MODULES = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13")}
+MODULES = {"tensorrt-rtx": ("tensorrt_rtx", "pip install tensorrt-rtx-cu13"),
+           "tensorrt": ("tensorrt", "it comes with JetPack or NVIDIA's TensorRT packages")}
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 
 
 def installed_version(backend):
@@ -13,7 +26,7 @@ def installed_version(backend):
         return importlib.import_module(name).__version__, ""
     except ImportError as e:        # also a library of its own that is missing
         missing = getattr(e, "name", None) == name
-        return None, f"{name} is not installed (pip install {package})" if missing else f"{name} cannot be imported: {e}"
+        return None, f"{name} is not installed ({package})" if missing else f"{name} cannot be imported: {e}"
 
 
 def header_size(backend):
@@ -21,7 +34,7 @@ def header_size(backend):
     trt = importlib.import_module(MODULES[backend][0])
     if not hasattr(trt.Runtime, "get_engine_validity"):
         return None
-    return trt.Runtime(_silent(trt)).engine_header_size
+    return trt.Runtime(_logger(trt)).engine_header_size
 
 
 def validity(backend, header):
@@ -30,19 +43,231 @@ def validity(backend, header):
     Returns ("valid" | "suboptimal" | "invalid", tuple of diagnostics in lower case, such as "old_cuda_driver").
     """
     trt = importlib.import_module(MODULES[backend][0])
-    verdict, bits = trt.Runtime(_silent(trt)).get_engine_validity(header)
+    verdict, bits = trt.Runtime(_logger(trt)).get_engine_validity(header)
     flags = getattr(trt, "EngineInvalidityDiagnostics", None)
     found = [name for name, flag in flags.__members__.items() if int(bits) & int(flag)] if flags else []
     return verdict.name.lower(), tuple(name.lower() for name in found)
 
 
-def _silent(trt):
-    """A logger that says nothing: what these questions find is in their answers."""
-    class Silent(trt.ILogger):
+class TensorRtEngine:
+    """One deserialised engine (protocol: engines.Engine, but for the constructor).
+
+    Every tensor has memory of its own, allocated once for a size: on the GPU, and page-locked on the host for what goes up
+    or down in every run; where both share their memory the GPU works on the host's, and nothing is copied. Constant inputs
+    lie in GPU memory, which the GPU caches. The first run after a change of shape or address is queued call by call; the
+    second is captured, copies included, and from then on a run is one launch (`captured`), until something moves.
+
+    backend: a key of MODULES. data: the engine, as Bundle.engine returned it after checking its hash. spec: GraphSpec.
+    profiles: those of its EngineFile. scratch: cuda.Scratch, shared by engines that never run at the same time.
+    rebuild(shapes): returns the command that builds an engine for these input shapes. Raises EngineError.
+    """
+
+    _graph = _context = _engine = _stream = None
+
+    def __init__(self, backend, data, spec, profiles, scratch, rebuild):
+        self._trt, self._backend = importlib.import_module(MODULES[backend][0]), backend
+        self._spec, self._profiles, self._scratch, self._rebuild = spec, profiles, scratch, rebuild
+        self._name, self._device, self._log = Path(spec.file).stem, scratch.device, _logger(self._trt)
+        self._slots, self._bound, self._staged, self._shapes = {}, {}, [], None
+        self._profile, self._scratch_size, self._scratch_at = 0, 0, None
+        self._warm, self._capturable = False, True
+        self._stream = Stream(self._device)
+        self._runtime = self._trt.Runtime(self._log)
+        self._engine = self._done(self._runtime.deserialize_cuda_engine(data), "deserialise")
+        self._check()
+        self._context = self._done(self._make_context(), "get an execution context")
+
+    def inputs(self):
+        return self._spec.inputs
+
+    def outputs(self):
+        return self._spec.outputs
+
+    @property
+    def captured(self):
+        """Whether a run is one launch of a CUDA graph by now."""
+        return self._graph is not None
+
+    def array(self, name, shape):
+        """Return the array that a tensor has in host memory, to be bound next: it needs no copy. It stays the same one
+        until another size is asked for or bound."""
+        spec = self._spec.tensor(name)
+        size = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
+        return self._slot(name, size, False).host.array(shape, spec.dtype)
+
+    def bind(self, tensors, constant=()):
+        bound = rebound(self._spec, self._bound, tensors)
+        shapes = {t.name: tuple(bound[t.name].shape) for t in self._spec.inputs}
+        for output in self._spec.outputs:
+            require(bound[output.name].flags.writeable, output.name, "be writable", "a read-only array", EngineError)
+        profile = choose_profile(self._name, self._profiles, shapes, self._rebuild)
+        self._device.use()
+        self._bound = {}                # until everything below has worked
+        for name, array in tensors.items():
+            fixed = name in constant and name in shapes
+            slot = self._slot(name, array.nbytes, fixed)
+            if fixed:
+                self._stream.upload(slot.memory, array)
+        self._stream.synchronize()
+        if shapes != self._shapes:
+            self._set_shapes(profile, shapes)
+        self._bound, self._staged = bound, []
+        for name, slot in self._slots.items():
+            if slot.host is not None and slot.host.host != bound[name].ctypes.data:
+                self._staged.append((name in shapes, bound[name], slot.host.array(bound[name].shape, bound[name].dtype)))
+
+    def run(self, stream=None):
+        require(self._bound, "tensors", "be bound before a run", "none", EngineError)
+        self._device.use()
+        for is_input, array, host in self._staged:
+            if is_input:
+                host[...] = array
+        self._follow_scratch()
+        if self._graph is None and self._warm and self._capturable:
+            self._capture()
+        if self._graph is None:
+            self._queue()
+        else:
+            self._graph.launch()
+        self._stream.synchronize()
+        self._warm = True
+        for is_input, array, host in self._staged:
+            if not is_input:
+                array[...] = host
+        for output in self._spec.outputs:
+            require(np.isfinite(self._bound[output.name]).all(), f"graph {self._name}", "give finite numbers",
+                    f"NaN or infinity in {output.name}: its weights are damaged, or it overflows in half precision", EngineError)
+
+    def close(self):
+        """Give everything back, users before what they use. The engine cannot be used any more."""
+        self._bound, self._staged, self._graph, self._context = {}, [], None, None
+        self._engine = self._runtime = None
+        self._slots, self._stream, self._scratch = {}, None, None
+
+    def __del__(self):
+        self.close()
+
+    def _check(self):
+        """Compare the engine with what the manifest says about it."""
+        trt, engine, specs = self._trt, self._engine, {t.name: t for t in (*self._spec.inputs, *self._spec.outputs)}
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        require(set(names) == set(specs), f"engine of {self._name}", "have the tensors of its manifest",
+                f"{sorted(set(names) ^ set(specs))} in one of them only", EngineError)
+        for name, spec in specs.items():
+            mode = trt.TensorIOMode.INPUT if spec in self._spec.inputs else trt.TensorIOMode.OUTPUT
+            kind = engine.get_tensor_dtype(name).name
+            fits = engine.get_tensor_mode(name) == mode and engine.get_tensor_location(name) == trt.TensorLocation.DEVICE
+            require(fits and _DTYPES.get(kind) == spec.dtype, f"engine of {self._name}", f"take or give {name} in {spec.dtype}",
+                    kind, EngineError)
+        built = [{t.name: tuple(map(tuple, engine.get_tensor_profile_shape(t.name, i))) for t in self._spec.inputs}
+                 for i in range(engine.num_optimization_profiles)]
+        require(built == list(self._profiles), f"engine of {self._name}", "have the profiles of its manifest", built, EngineError)
+
+    def _make_context(self):
+        """A context whose scratch memory is ours to give. In TensorRT-RTX also: kernels for a new shape are compiled at once,
+        not in the background, for a captured graph would keep the slower ones for ever."""
+        trt, engine = self._trt, self._engine
+        ours = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            return engine.create_execution_context(ours)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(ours)
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return engine.create_execution_context(config)
+
+    def _set_shapes(self, profile, shapes):
+        self._shapes = None
+        if profile != self._profile:
+            self._done(self._context.set_optimization_profile_async(profile, self._stream.handle), "change its profile")
+            self._stream.synchronize()
+            self._profile = profile
+        for name, shape in shapes.items():
+            self._done(self._context.set_input_shape(name, shape), f"take {name} {list(shape)}")
+        self._scratch_size, self._scratch_at = self._context.update_device_memory_size_for_shapes(), None
+        self._graph, self._warm, self._shapes = None, False, shapes
+
+    def _slot(self, name, size, constant):
+        """Return the memory of a tensor, made anew if the size is another."""
+        slot = self._slots.get(name)
+        if slot is None or slot.memory.size != size or (slot.host is None) != constant:
+            self._graph, self._bound = None, {}
+            host = None if constant else HostMemory(self._device, size)
+            memory = host if host and self._device.integrated else DeviceMemory(self._device, size)
+            self._done(self._context.set_tensor_address(name, memory.address), f"take the address of {name}")
+            slot = self._slots[name] = _Slot(memory, host)
+        return slot
+
+    def _follow_scratch(self):
+        """Give the context its scratch memory where it is now; another engine may have made it larger."""
+        self._scratch.reserve(self._scratch_size)
+        if self._scratch_size and self._scratch.memory.address != self._scratch_at:
+            self._graph, self._scratch_at = None, self._scratch.memory.address
+            self._context.set_device_memory(self._scratch_at, self._scratch.memory.size)
+
+    def _queue(self):
+        """Queue the copies up, the engine and the copies down."""
+        moved = [(t.name, s) for t in (*self._spec.inputs, *self._spec.outputs)
+                 if (s := self._slots[t.name]).host is not None and s.host is not s.memory]
+        for name, slot in moved:
+            if name in self._shapes:
+                self._stream.upload(slot.memory, np.asarray(slot.host))
+        self._done(self._context.execute_async_v3(self._stream.handle), "run")
+        for name, slot in moved:
+            if name not in self._shapes:
+                self._stream.download(np.asarray(slot.host), slot.memory)
+
+    def _capture(self):
+        """Capture a run. An engine that cannot be captured is queued call by call for ever."""
+        ask = getattr(self._context, "is_stream_capturable", None)      # TensorRT-RTX
+        self._capturable = ask is None or ask(self._stream.handle)
+        if self._capturable:
+            try:
+                self._graph = self._stream.capture(self._queue)
+            except EngineError:
+                self._capturable = False
+
+    def _done(self, answer, verb):
+        """Return TensorRT's answer; EngineError with the first error that it logged if it is None or False."""
+        if answer is None or answer is False:
+            raise EngineError(f"graph {self._name} must {verb} in {self._backend} {self._trt.__version__}, got: "
+                              + (self._log.first or "no reason given"))
+        return answer
+
+
+def choose_profile(graph, profiles, shapes, rebuild):
+    """Return the number of the profile that takes these input shapes and was tuned for the nearest; rows tell them apart.
+
+    EngineError where there is none, with the command that builds one, `rebuild(shapes)`.
+    """
+    fits = lambda p, name: all(a <= n <= b for a, n, b in zip(p[name][0], shapes[name], p[name][2]))
+    far = lambda p: sum(abs(n - best) for name in p for n, best in zip(shapes[name], p[name][1]))
+    wrong = [[name for name in p if not fits(p, name)] for p in profiles]
+    good = [i for i, names in enumerate(wrong) if not names]
+    if not good:
+        got = ", ".join(f"{name} {list(shapes[name])}" for name in min(wrong, key=len))
+        raise EngineError(f"engine of {graph} must be built for the shapes that it is given, got {got}; build it with: "
+                          + rebuild(shapes))
+    return min(good, key=lambda i: far(profiles[i]))
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Memory of one tensor. memory: what the engine uses. host: what the processor uses, None for a constant; the same as
+    `memory` where both share it."""
+
+    memory: DeviceMemory | HostMemory
+    host: HostMemory | None
+
+
+def _logger(trt):
+    """A logger that is silent and keeps the first error; those after it are its consequences."""
+    class Logger(trt.ILogger):
         def __init__(self):
             trt.ILogger.__init__(self)
+            self.first = ""
 
         def log(self, severity, message):
-            pass
+            if severity <= trt.ILogger.Severity.ERROR and not self.first:
+                self.first = " ".join(message.split())[:300]
 
-    return Silent()
+    return Logger()
