@@ -57,7 +57,7 @@ cd "$work"  # where no folder hides the package
 
 echo "== tests"
 "$python" -c "import pidiff._C as c; assert c.has_cuda(), 'no usable GPU'; print(c.__file__)"
-"$python" -m pytest "$root/tests/test_cuda.py" -q -p no:cacheprovider -m cuda --rootdir "$root/tests" || fail "tests marked cuda"
+"$python" -m pytest "$root/tests/test_cuda.py" -q -p no:cacheprovider -o addopts= -m cuda --rootdir "$root/tests" || fail "tests marked cuda"
 
 echo "== attention"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then

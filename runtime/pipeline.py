@@ -42,9 +42,12 @@ class Pipeline:
         self.seconds, self._may_fall_back = {}, engine == AUTO
         size = sum(f.size for f in bundle.manifest.files.values())
         load_engine(engine if engine != AUTO else "onnxruntime")         # installed at all?
-        self._compiled = CompiledEngines(bundle, engine) if engine in BACKENDS else find_compiled(bundle) if engine == AUTO else None
-        self._others_device = device
+        self._compiled = find_compiled(bundle) if engine == AUTO else None
+        if engine in BACKENDS:
+            self._compiled = CompiledEngines(bundle, engine)
+        self._asked_device = self._others_device = device
         if self._compiled:
+            self._others_device = "cpu"     # where graphs without an engine run
             self.engine, self.device, self._engine_class = self._compiled.backend, "cuda", load_engine("onnxruntime")
         else:
             self.engine = choose_engine(device, size) if engine == AUTO else engine
@@ -58,7 +61,8 @@ class Pipeline:
 
         engine: "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt" (graphs that have such an engine in the bundle; the
         others run on ONNX Runtime), or "auto": the bundle's engines where they run on the GPU that is here; OpenVINO where
-        it is installed, on x86-64 processors, for bundles of 512 MiB and more; else ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes.
+        it is installed, on x86-64 processors, for bundles of 512 MiB and more; else ONNX Runtime. device: of what runs on
+        ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes, but those of engines.
         precision: "full" computes in no fewer bits than the bundle was exported in; "auto" lets OpenVINO run UNet and VAE
         decoder in bfloat16 where the processor has it, which changes pictures slightly. Raises BundleError, EngineError.
         """
@@ -238,7 +242,8 @@ class Pipeline:
                 except EngineError as e:
                     if not self._may_fall_back or self.engine == "onnxruntime":
                         raise
-                    self.engine, self.device, self._compiled = fall_back(self.engine, e), self._others_device, None
+                    self.engine, self._compiled = fall_back(self.engine, e), None
+                    self.device = self._others_device = self._asked_device
                     self._engine_class = load_engine(self.engine)
                     self._engines[name] = self._load(name)
         return self._engines[name]

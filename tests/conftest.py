@@ -11,10 +11,32 @@ import sys
 # A job in the background of a script starts with SIGINT ignored, and its children too: the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:     # one of two processes
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PIDIFF_CACHE"] = "off"  # the user's cache is no place for tests
 
 import numpy as np
 import pytest
+
+
+# Tests that use what takes longest to make: each group in one process, and begun first.
+GROUPS = ("exports", "trained")
+EXPORTING = ("test_export.py", "test_parity.py", "test_export_source.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
+    """Deal tests to processes by file, but for those whose shared fixture goes across files."""
+    def group(item):
+        if item.path.name in EXPORTING or "pairs" in item.fixturenames:     # tiny_model.shared
+            return "exports"
+        return "trained" if "trained" in item.fixturenames else item.path.name
+
+    if config.pluginmanager.hasplugin("xdist"):
+        names = {item: group(item) for item in items}
+        items.sort(key=lambda item: GROUPS.index(names[item]) if names[item] in GROUPS else len(GROUPS))
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(names[item]))
 
 
 @pytest.fixture

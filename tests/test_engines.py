@@ -331,6 +331,7 @@ def test_real_engines_of_a_tiny_bundle(bundle, rtx, capsys):
     assert main(["--check", str(bundle), "--quiet"]) in (0, 3, 4, 5)
 
 
+@pytest.mark.slow
 def test_real_refusal_names_the_graph(capsys, tmp_path, rtx):
     """A graph with a node that TensorRT-RTX does not have."""
     path = write_tiny_bundle(tmp_path / "x", "float16")
