@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--opset", type=int, choices=(18, 23), default=18, help="ONNX opset; 23 has its own Attention node (default 18)")
     parser.add_argument("--adapter", metavar="FILE", type=Path, help="published W+ Adapter weights (wplus_adapter.bin)")
     parser.add_argument("--encoder", metavar="FILE", type=Path, help="published e4e encoder (e4e_ffhq_encode.pt)")
+    parser.add_argument("--cached-layers", type=int, default=1, metavar="N",
+                        help="up layers of the UNet that a step with cached features runs (default 1); 0: no graph for such steps")
     parser.add_argument("--name", help="name of the bundle (default: the source's)")
     defaults = parser.add_argument_group("defaults stored for the runtime (default: the source bundle's, else the runtime's)")
     defaults.add_argument("--solver", choices=("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"))
@@ -96,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
     source = Source(folder, args.adapter, args.encoder)
     sampling = {"solver": args.solver, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     options = ExportOptions(Form(args.attention or "fused", args.opset), args.fp16, args.name,
-                            {k: v for k, v in sampling.items() if v is not None})
+                            {k: v for k, v in sampling.items() if v is not None}, args.cached_layers)
     with tqdm(total=STEPS, unit="graph", desc="export", leave=False, disable=args.quiet) as bar:
         def report(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)

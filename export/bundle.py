@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pidiff.autoencoder import PatchAutoencoder
+from pidiff.caching import check_outer
 from pidiff.checkpoint import load_strict, read_tensors
 from pidiff.config import save_config
 from pidiff.matting import FaceMatting
@@ -33,7 +34,7 @@ from .weights import ExportError, WeightIndex, load_stored, write_safetensors
 FACE_GRAPHS = ("face_pnet", "face_rnet", "face_onet")
 FACE_LICENCE = "LICENSE-facenet-pytorch"
 _UNET, _VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
-STEPS = 11          # graphs to write and verify, for a progress bar; see `Report`
+STEPS = 12          # graphs to write and verify, for a progress bar; see `Report`
 
 Report = Callable[[str], None]
 
@@ -41,12 +42,14 @@ Report = Callable[[str], None]
 @dataclass(frozen=True)
 class ExportOptions:
     """form: how attention is written. fp16: store and compute in float16. sampling: defaults stored for the runtime
-    (solver, num_inference_steps, guidance_scale, use_karras_sigmas)."""
+    (solver, num_inference_steps, guidance_scale, use_karras_sigmas). outer: up layers that a cached step runs
+    (pidiff.caching); 0 writes no graph for it."""
 
     form: Form = Form()
     fp16: bool = False
     name: str | None = None
     sampling: dict = field(default_factory=dict)
+    outer: int = 1
 
 
 def export_bundle(source: Source, out: Path, options: ExportOptions = ExportOptions(), report: Report = lambda _: None):
@@ -82,6 +85,9 @@ class _Export:
             raise ExportError(f"unet sample_size must be a number of latent pixels, got {side!r}")
         self.sizes.side, self.sizes.channels = side, config["in_channels"]
         self.sizes.levels = len(config["block_out_channels"])
+        if self.options.outer:
+            layers = config.get("layers_per_block", 2)
+            check_outer((layers[0] if isinstance(layers, list) else layers) + 1, self.options.outer)
         self._vae()
         self._text_encoder()
         self._w_plus_encoder()
@@ -136,7 +142,7 @@ class _Export:
     def _unet(self) -> dict:
         """Writes the UNet and its conditioners; returns the manifest's description of the model."""
         unet, adapter = self.source.unet()
-        c = adapter.config
+        c, outer = adapter.config, self.options.outer
         if (sum(c.groups), c.w_plus_dim) != (self.sizes.layers, self.sizes.style_dim):
             raise ExportError(f"adapter groups must add up to the encoder's {self.sizes.layers} levels, got {c.groups}")
         if unet.config.cross_attention_dim != self.sizes.prompt_dim:
@@ -145,13 +151,13 @@ class _Export:
         self._store(unet, "unet", _UNET)
         self._store(adapter, "adapter", "adapter/model.safetensors")
         save_config(c, self.root / "adapter" / "config.json")
-        cases, widths = parts.unet_cases(unet, adapter, self.sizes, self.dtype), parts.widths(unet, adapter)
+        cases, widths = parts.unet_cases(unet, adapter, self.sizes, self.dtype, outer), parts.widths(unet, adapter)
         modules = [(unet, _UNET, ""), (adapter, "adapter/model.safetensors", "")]
         self._index(modules)
         written = [self._write(g, cases[g.name]) for g in parts.conditioner_graphs(unet, adapter, self.sizes, self.dtype)]
         self._compute_in(unet, modules)
-        with step_unet(unet, c, self.options.form) as step:
-            written.append(self._write(parts.unet_graph(step, self.sizes, widths, self.dtype), cases["unet"]))
+        with step_unet(unet, c, self.options.form, outer) as step:
+            written += [self._write(g, cases[g.name]) for g in parts.unet_graphs(step, self.sizes, widths, self.dtype)]
         layers = cross_attention_layers(unet)
         del unet, adapter, step, modules
         self._verify(written)

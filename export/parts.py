@@ -3,18 +3,20 @@
 A part is handled alone and freed before the next one is loaded: that bounds the memory of an export by its largest part.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pidiff.caching import deep_channels, keep_deep_features, outer_forward
 from pidiff.identity import IdentityAdapter
 from pidiff.unet import cross_attention_layers
 
 from .attention import Form
 from .graphs import (Graph, IdConditioner, Tensors, TextConditioner, TextEncoder, TimeConditioner, VaeDecoder, VaeEncoder)
-from .step import StepUNet, time_projections
+from .step import CachedUNet, StepUNet, time_projections
 from .verify import Case
 
 TIMESTEPS = (999.0, 640.5, 21.0, 0.0)
@@ -137,17 +139,25 @@ def conditioner_graphs(unet: nn.Module, adapter: IdentityAdapter, sizes: Sizes, 
     ]
 
 
-def unet_graph(step: StepUNet, sizes: Sizes, widths: tuple[int, int, int], dtype: torch.dtype) -> Graph:
-    """widths: of time_row, text_kv and id_fold, taken before the UNet was put into its step form."""
+def unet_graphs(step: StepUNet, sizes: Sizes, widths: tuple[int, int, int], dtype: torch.dtype) -> list[Graph]:
+    """The UNet, and with deep features the graph that reuses them.
+
+    widths: of time_row, text_kv and id_fold, taken before the UNet was put into its step form.
+    """
     latents, size = ("B", sizes.channels, *sizes.latent_axes), sizes.latent_axes
     inputs = Tensors(("latents", "time_row", "text_kv", "id_fold", "id_mask", "id_scale"),
                      (latents, (1, widths[0]), ("B", sizes.text_length, widths[1]), ("B", "P", widths[2]), ("B", "P", *size),
                       ("B",)))
-    outputs = [("model_output", latents), ("identity_map", ("B", "P", *size))][:2 if step.has_null else 1]
-    return Graph("unet", step, inputs, Tensors(*map(tuple, zip(*outputs))), dtype)
+    deep = [("deep_features", ("B", deep_channels(step.unet, step.outer), *size))] if step.outer else []
+    outputs = [("model_output", latents), *([("identity_map", ("B", "P", *size))] if step.has_null else []), *deep]
+    whole = Graph("unet", step, inputs, Tensors(*map(tuple, zip(*outputs))), dtype)
+    if not deep:
+        return [whole]
+    more = Tensors((*inputs.names, deep[0][0]), (*inputs.shapes, deep[0][1]))
+    return [whole, Graph("unet_cached", CachedUNet(step).eval(), more, Tensors(("model_output",), (latents,)), dtype)]
 
 
-def unet_cases(unet: nn.Module, adapter: IdentityAdapter, sizes: Sizes, dtype: torch.dtype) -> dict[str, Case]:
+def unet_cases(unet: nn.Module, adapter: IdentityAdapter, sizes: Sizes, dtype: torch.dtype, outer: int = 0) -> dict[str, Case]:
     """Cases of the conditioners and of the UNet: 3 pictures of 2 people each, own scales, own region masks."""
     batch, people = 3, 2
     embeds = sizes.samples["prompt_embeds"][:batch].to(dtype)
@@ -164,25 +174,36 @@ def unet_cases(unet: nn.Module, adapter: IdentityAdapter, sizes: Sizes, dtype: t
         "id_scale": torch.tensor([0.0, 1.0, 0.6]),
     }
     inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    whole, cached, deep = _unfolded(unet, adapter, inputs, embeds, w_plus, levels, outer)
     return {
         "text_conditioner": Case({"prompt_embeds": embeds}, (text_kv,)),
         "id_conditioner": Case({"w_plus": w_plus, "level_scale": levels}, (id_fold,)),
         "time_conditioner": Case({"timesteps": times}, (table,)),
-        "unet": Case(inputs, _unfolded(unet, adapter, inputs, embeds, w_plus, levels)),
+        "unet": Case(inputs, whole),
+        **({"unet_cached": Case({**inputs, "deep_features": deep}, cached)} if outer else {}),
     }
 
 
-def _unfolded(unet, adapter, inputs: dict[str, Tensor], embeds: Tensor, w_plus: Tensor, levels: Tensor) -> tuple[Tensor, ...]:
-    """The trained model on the same step: timestep, prompt and W+ codes instead of prepared slices."""
+def _unfolded(unet, adapter, inputs: dict[str, Tensor], embeds: Tensor, w_plus: Tensor, levels: Tensor, outer: int):
+    """The trained model on the same step: timestep, prompt and W+ codes instead of prepared slices.
+
+    Returns the outputs of a whole call, those of a cached one, and the deep features of an earlier step that it takes.
+    """
     from pidiff.sampling import mean_map
 
     f = {k: v.float() for k, v in inputs.items()}
-    batch, people = f["id_mask"].shape[:2]
-    tokens = adapter.mapper(w_plus.float()).unflatten(0, (batch, people))
+    (batch, people), now = f["id_mask"].shape[:2], torch.tensor(TIMESTEPS[1])
+    tokens, prompt = adapter.mapper(w_plus.float()).unflatten(0, (batch, people)), embeds.float()
     with adapter.condition(tokens, f["id_scale"], levels.float().unflatten(0, (batch, people)), f["id_mask"],
-                           keep_maps=True) as seen:
-        output = unet(f["latents"], torch.tensor(TIMESTEPS[1]), embeds.float()).sample
-    return (output, mean_map(seen.maps, tuple(output.shape[-2:]))) if adapter.config.has_null else (output,)
+                           keep_maps=True) as seen, keep_deep_features(unet, outer) if outer else nullcontext([]) as kept:
+        output = unet(f["latents"], now, prompt).sample
+        maps = (mean_map(seen.maps, tuple(output.shape[-2:])),) if adapter.config.has_null else ()
+        whole = (output, *maps, *kept)
+        if not outer:
+            return whole, (), None
+        unet(f["latents"] + 0.1, torch.tensor(TIMESTEPS[0]), prompt)
+        deep = kept[-1].to(inputs["latents"].dtype)
+        return whole, (outer_forward(unet, f["latents"], now, prompt, deep.float(), outer),), deep
 
 
 def _channels(unet: nn.Module) -> list[int]:

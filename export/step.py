@@ -5,12 +5,13 @@ IdConditioner). The UNet itself is not copied: its modules are swapped inside a 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pidiff.caching import keep_deep_features, outer_forward
 from pidiff.config import AdapterConfig
 from pidiff.unet import cross_attention_layers
 
@@ -65,25 +66,31 @@ class _TimeRow(nn.Module):
 
 class StepUNet(nn.Module):
     """latents [B,c,h,w], time_row [1,sumCt], text_kv [B,T,2 sumC], id_fold [B,P,F], id_mask [B,P,h,w], id_scale [B]
-    -> model_output [B,c,h,w] and, with a null key, identity_map [B,P,h,w]. h and w divide by 2^(levels - 1).
+    -> model_output [B,c,h,w], with a null key identity_map [B,P,h,w], and with `outer` deep_features [B,C,h,w] (the cut of
+    pidiff.caching). h and w divide by 2^(levels - 1).
 
     Works inside `step_unet` only.
     """
 
-    def __init__(self, unet: nn.Module, inputs: StepInputs, levels: set[int], has_null: bool):
+    def __init__(self, unet: nn.Module, inputs: StepInputs, levels: set[int], has_null: bool, outer: int):
         super().__init__()
-        self.unet, self.inputs, self.levels, self.has_null = unet, inputs, sorted(levels), has_null
+        self.unet, self.inputs, self.levels, self.has_null, self.outer = unet, inputs, sorted(levels), has_null, outer
 
     def forward(self, latents: Tensor, time_row: Tensor, text_kv: Tensor, id_fold: Tensor, id_mask: Tensor,
                 id_scale: Tensor):
+        self._set(time_row, id_fold, id_mask, id_scale)
+        with keep_deep_features(self.unet, self.outer) if self.outer else nullcontext([]) as deep:
+            # Not __call__: the hook of `pidiff.unet.set_processors` has no part in this graph.
+            output = self.unet.forward(latents, 0, text_kv, return_dict=False)[0]
+        found = [output, *([self._identity_map()] if self.has_null else []), *deep]
+        return tuple(found) if len(found) > 1 else output
+
+    def _set(self, time_row: Tensor, id_fold: Tensor, id_mask: Tensor, id_scale: Tensor) -> None:
         inputs = self.inputs
         inputs.time_row, inputs.id_fold, inputs.id_scale = time_row, id_fold, id_scale
         # Area averaging as in pidiff.identity.resample_mask: exact, because sizes halve exactly.
         inputs.masks = {n: F.avg_pool2d(id_mask, 2**n) if n else id_mask for n in self.levels}
         inputs.maps = {}
-        # Not __call__: the hook of `pidiff.unet.set_processors` has no part in this graph.
-        output = self.unet.forward(latents, 0, text_kv, return_dict=False)[0]
-        return (output, self._identity_map()) if self.has_null else output
 
     def _identity_map(self) -> Tensor:
         """Mean over layers of the identity maps, repeated up to latent size."""
@@ -96,9 +103,25 @@ class StepUNet(nn.Module):
         return total / count
 
 
+class CachedUNet(nn.Module):
+    """The step with another step's deep_features [B,C,h,w] as its last input -> model_output [B,c,h,w]."""
+
+    def __init__(self, step: StepUNet):
+        super().__init__()
+        self.step = step
+
+    def forward(self, latents: Tensor, time_row: Tensor, text_kv: Tensor, id_fold: Tensor, id_mask: Tensor,
+                id_scale: Tensor, deep_features: Tensor) -> Tensor:
+        self.step._set(time_row, id_fold, id_mask, id_scale)
+        return outer_forward(self.step.unet, latents, 0, text_kv, deep_features, self.step.outer)
+
+
 @contextmanager
-def step_unet(unet: nn.Module, config: AdapterConfig, form: Form) -> Iterator[StepUNet]:
-    """Turn a diffusers UNet2DConditionModel into its step form for the length of the block."""
+def step_unet(unet: nn.Module, config: AdapterConfig, form: Form, outer: int = 0) -> Iterator[StepUNet]:
+    """Turn a diffusers UNet2DConditionModel into its step form for the length of the block.
+
+    outer: up layers that `CachedUNet` of this step runs; 0: the step gives no deep features.
+    """
     check_unet(unet)
     inputs, processors, levels = StepInputs(), dict(unet.attn_processors), set()
     kv_start = fold_start = 0
@@ -113,7 +136,7 @@ def step_unet(unet: nn.Module, config: AdapterConfig, form: Form) -> Iterator[St
         kv_start += 2 * channels
         fold_start += channels * heads * (config.num_tokens + config.has_null) + config.num_tokens * channels
     with _swapped(unet, inputs, processors):
-        yield StepUNet(unet, inputs, levels, config.has_null).eval()
+        yield StepUNet(unet, inputs, levels, config.has_null, outer).eval()
 
 
 @contextmanager

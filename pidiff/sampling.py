@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .caching import keep_deep_features, outer_forward
 from .model import Model
 
 # name -> (diffusers class, settings that are not in scheduler_config.json)
@@ -49,18 +50,20 @@ def encode_prompts(model: Model, prompts: list[str]) -> Tensor:
 @torch.no_grad()
 def sample_latents(model: Model, w_plus: Tensor | None, prompt: str | list[str], negative_prompt: str = "", *,
                    num_inference_steps: int = 20, guidance_scale: float = 3.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
-                   id_scale: float = 1.0, id_start: float = 0.0, level_scale: Tensor | None = None,
-                   id_mask: Tensor | None = None, solver: str = "dpmpp_2m", use_karras_sigmas: bool = False,
-                   latents: Tensor | None = None, generator: torch.Generator | None = None,
-                   on_step: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor | None]:
+                   cache_interval: int = 1, outer: int = 1, id_scale: float = 1.0, id_start: float = 0.0,
+                   level_scale: Tensor | None = None, id_mask: Tensor | None = None, solver: str = "dpmpp_2m",
+                   use_karras_sigmas: bool = False, latents: Tensor | None = None,
+                   generator: torch.Generator | None = None, on_step: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor | None]:
     """Denoise and return (latents [B, c, h, w], identity map [B, P, h, w] or None).
 
     w_plus: [B, P, L, 512], [B, L, 512] for one person a picture, or None for nobody. prompt: one text, or one per
     picture. id_mask [B, P, h, w] or [P, h, w] in [0, 1] at latent size. level_scale [4]. id_start: part of the steps,
     from the start, without the identity. latents: unit noise [B, c, h, w], drawn with `generator` where not given.
-    guidance_scale 1 = off; guidance_interval: part of the steps with guidance (arXiv 2404.07724), the others run the
-    conditional half alone; the unconditional half sees mapper(zeros) for everybody. The identity map (`parallel` only)
-    is the mean over layers and over the steps with identity, of the conditional half.
+    guidance_scale 1 = off; the unconditional half sees mapper(zeros) for everybody. guidance_interval: part of the steps
+    with guidance (arXiv 2404.07724); the others run the conditional half alone. cache_interval: the whole UNet runs every so
+    many steps, and at those that begin the guidance or the identity; the others run its `outer` last up layers
+    (pidiff.caching). The identity map (`parallel` only) is the mean over layers and over the whole steps with identity, of
+    the conditional half.
     """
     unet, device = model.unet, model.unet.device
     people = None if w_plus is None else (w_plus if w_plus.ndim == 4 else w_plus[:, None]).to(device)
@@ -75,13 +78,21 @@ def sample_latents(model: Model, w_plus: Tensor | None, prompt: str | list[str],
     embeds = encode_prompts(model, [negative_prompt] * batch + prompts if first < end else prompts)
     conditions = {guided: _condition(model, people, batch, guided, id_scale, level_scale, id_mask) for guided in (False, True)}
     maps: list[Tensor] = []
+    deep, age, was_guided = None, 0, False
     for step, timestep in enumerate(scheduler.timesteps):
         guided = first <= step < end
         active = id_scale > 0 and step >= round(id_start * num_inference_steps)
         inputs = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+        renew = age % cache_interval == 0 or guided and not was_guided or step == round(id_start * num_inference_steps)
+        age, was_guided = 1 if renew else age + 1, guided
         with conditions[guided]() if active else nullcontext() as seen:
-            output = unet(inputs, timestep, embeds[-len(inputs):]).sample
-        if seen is not None and model.adapter.config.has_null:
+            if renew:
+                with keep_deep_features(unet, outer) as kept:
+                    output = unet(inputs, timestep, embeds[-len(inputs):]).sample
+                deep = kept[-1]
+            else:
+                output = outer_forward(unet, inputs, timestep, embeds[-len(inputs):], deep[-len(inputs):], outer)
+        if renew and seen is not None and model.adapter.config.has_null:
             maps.append(mean_map(seen.maps, latents.shape[-2:])[-batch:])
         if guided:
             without, with_ = output.chunk(2)

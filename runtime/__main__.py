@@ -29,6 +29,7 @@ def enroll(argv=None):
 
 def _generate_parser():
     from .engines import PRECISIONS
+    from .presets import PRESETS
     from .schedule import SOLVERS
 
     parser = argparse.ArgumentParser(prog="pidiff-generate", description="Make a picture of the person in a photo.")
@@ -44,14 +45,18 @@ def _generate_parser():
                              "run UNet and VAE decoder in bfloat16 where the processor has it")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same picture (default: random)")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures, with seeds SEED, SEED+1, ...")
+    parser.add_argument("--preset", choices=PRESETS, default="exact",
+                        help="exact (default), balanced or fast; what you set yourself comes before the preset")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's, usually 20)")
     parser.add_argument("--scheduler", choices=SOLVERS, help="solver (default: the bundle's, usually dpmpp_2m)")
     parser.add_argument("--guidance-scale", type=float, metavar="X", help="how strictly to follow the prompt; 1 = off")
-    parser.add_argument("--guidance-interval", type=_numbers(2), default=(0.0, 1.0), metavar="START,END",
+    parser.add_argument("--guidance-interval", type=_numbers(2), metavar="START,END",
                         help="part of the steps with guidance, 0 to 1; the others cost half (default: 0,1)")
+    parser.add_argument("--cache-interval", type=int, metavar="N",
+                        help="run the whole UNet every N-th step and its outermost layers in the others (default: 1, off)")
     parser.add_argument("--id-scale", type=float, default=1.0, metavar="X", help="strength of the identity; 0 = base model")
-    parser.add_argument("--id-start", type=float, default=0.0, metavar="X",
-                        help="part of the steps, from the start, without the identity, 0 to 1")
+    parser.add_argument("--id-start", type=float, metavar="X",
+                        help="part of the steps, from the start, without the identity, 0 to 1 (default: 0)")
     parser.add_argument("--level-scale", type=_numbers(4), default=(1.0,) * 4, metavar="C,M,F,F",
                         help="strength of the W+ levels: coarse, middle, fine, finest")
     parser.add_argument("--edit", type=_edit, action="append", default=[], metavar="NAME=X",
@@ -79,6 +84,8 @@ def _common(parser):
                         help=f"one of {', '.join(ENGINES)}, or auto (default): engines in the bundle that run on the GPU here; "
                              "openvino where it is installed, on x86-64 processors, for bundles of 512 MiB and more; else "
                              "onnxruntime")
+    parser.add_argument("--max-memory", type=_size, metavar="SIZE",
+                        help="memory that this process shall not exceed, such as 800M; work that is predicted not to fit is refused")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all)")
     parser.add_argument("--largest-face", action="store_true", help="take the largest face of a photo with several")
     parser.add_argument("--json", action="store_true", help="print seconds per stage, engine and seed as JSON")
@@ -95,10 +102,10 @@ def _generate(args):
     people = [_person(pipeline, face, _select(args)) for face in args.face]
     seconds.update(pipeline.seconds)
     result = pipeline.generate(
-        people, args.prompt, args.negative_prompt, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
-        guidance_interval=args.guidance_interval, id_scale=args.id_scale, id_start=args.id_start,
-        level_scale=args.level_scale, id_mask=args.region, seed=args.seed, num_images=args.num_images,
-        scheduler=args.scheduler, edits=dict(args.edit),
+        people, args.prompt, args.negative_prompt, preset=args.preset, num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval, cache_interval=args.cache_interval,
+        id_scale=args.id_scale, id_start=args.id_start, level_scale=args.level_scale, id_mask=args.region, seed=args.seed,
+        num_images=args.num_images, scheduler=args.scheduler, edits=dict(args.edit),
         progress=sys.stderr.isatty() and not args.json)
     _add(seconds, result.seconds)
     if args.map and result.identity_map is None:
@@ -139,7 +146,8 @@ def _open(args, device="cpu", precision="auto"):
     from .pipeline import Pipeline
 
     begun = time.perf_counter()
-    pipeline = Pipeline.from_bundle(args.bundle, args.engine, device, args.threads, precision=precision)
+    pipeline = Pipeline.from_bundle(args.bundle, args.engine, device, args.threads, precision=precision,
+                                    keep=False, max_memory=args.max_memory)
     return pipeline, {"open": time.perf_counter() - begun}
 
 
@@ -178,6 +186,15 @@ def _numbers(count):
 
     parse.__name__ = f"{count} numbers"  # argparse puts it in its sentence
     return parse
+
+
+def _size(text):
+    from .memory import parse_size
+
+    return parse_size(text)
+
+
+_size.__name__ = "size"  # argparse puts it in its sentence
 
 
 def _edit(text):

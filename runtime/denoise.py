@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .caching import whole_steps
 from .engines import new_array
 from .errors import Cancelled, PidiffError
 
@@ -24,6 +25,7 @@ class Conditions:
 
     text_kv [M,T,2 sum(C)], id_fold [M,P,F], id_mask [M,P,h,w]; id_scale and the first step at which it applies.
     batch: conditional rows. guided_steps (first, end): the steps that run all rows; the others run the conditional ones.
+    cache_interval: every so many steps the whole UNet runs (caching.py).
     """
 
     text_kv: np.ndarray
@@ -33,25 +35,31 @@ class Conditions:
     first_identity_step: int
     batch: int
     guided_steps: tuple
+    cache_interval: int
 
 
 class Denoiser:
-    """Runs the core's loop over one UNet engine, bound for a Plan, Conditions and latents [c,h,w]."""
+    """Runs the core's loop over one UNet engine, bound for a Plan, Conditions and latents [c,h,w].
 
-    def __init__(self, engine, plan, conditions, latent_shape):
+    cached: the engine of `unet_cached`, None where every step runs the whole UNet.
+    """
+
+    def __init__(self, engine, plan, conditions, latent_shape, cached=None):
         self._engine, self._plan, self._conditions = engine, plan, conditions
         self._buffers = self._allocate(latent_shape)
-        steps = range(len(plan.schedule))
-        self._rows = [len(self._buffers["latents"]) if self._guided(step) else conditions.batch for step in steps]
-        self._bound = None
-        for rows in sorted(set(self._rows), key=lambda n: n == self._rows[0]):  # compiles for both; the first step's last
-            self._bind(rows)
+        total, (first, end) = len(plan.schedule), conditions.guided_steps
+        whole = whole_steps(total, conditions.cache_interval, (first, end), conditions.first_identity_step)
+        self._calls = [(engine if whole[i] else cached, len(self._buffers["latents"]) if first <= i < end else conditions.batch)
+                       for i in range(total)]
+        self._bound = {}  # engine -> rows
+        for call in reversed(dict.fromkeys(self._calls)):  # compiles for all of them; the first of an engine is bound last
+            self._bind(*call)
 
     def run(self, latents, seeds, guidance_scale, on_step=None):
         """Denoise latents [B,c,h,w] (noise times init_noise_sigma) in place.
 
         on_step(step, latents, denoised) -> True to stop. Returns the identity map [B,P,h,w] float32 averaged over the
-        steps with identity, or None. Raises Cancelled, and PidiffError where the numbers overflow.
+        whole steps with identity, or None. Raises Cancelled, and PidiffError where the numbers overflow.
         """
         from pidiff import _C
 
@@ -63,10 +71,11 @@ class Denoiser:
             active = step >= conditions.first_identity_step and conditions.id_scale > 0
             buffers["time_row"][0] = plan.time_table[step]
             buffers["id_scale"][:] = conditions.id_scale if active else 0.0
-            if self._rows[step] != self._bound:
-                self._bind(self._rows[step])
-            self._engine.run()
-            if active and "identity_map" in buffers:
+            engine, rows = self._calls[step]
+            if self._bound[engine] != rows:
+                self._bind(engine, rows)
+            engine.run()
+            if active and engine is self._engine and "identity_map" in buffers:
                 now = buffers["identity_map"][-batch:].astype(np.float32)
                 total, count = now if total is None else total + now, count + 1
 
@@ -79,10 +88,6 @@ class Denoiser:
             raise PidiffError(f"{e}: the model's weights or the inputs are damaged, or overflow in half precision") from e
         return None if total is None else total / count
 
-    def _guided(self, step):
-        first, end = self._conditions.guided_steps
-        return first <= step < end
-
     def _allocate(self, latent_shape):
         """Return one array per tensor of the UNet, filled with what stays the same."""
         rows, people = self._conditions.id_fold.shape[:2]
@@ -92,13 +97,16 @@ class Denoiser:
         }
         buffers = {}
         for spec in (*self._engine.inputs(), *self._engine.outputs()):
+            if spec.name == "deep_features":
+                shapes[spec.name] = (rows, spec.shape[1], *latent_shape[1:])
             if spec.name in shapes:
                 buffers[spec.name] = new_array(self._engine, spec, shapes[spec.name])
             else:
                 buffers[spec.name] = np.ascontiguousarray(getattr(self._conditions, spec.name), spec.dtype)
         return buffers
 
-    def _bind(self, rows):
-        """Let the engine work on the last `rows` rows: in the same memory, so that nothing is copied for a switch."""
-        self._engine.bind({k: v if k == "time_row" else v[-rows:] for k, v in self._buffers.items()}, CONSTANT)
-        self._bound = rows
+    def _bind(self, engine, rows):
+        """Let an engine work on the last `rows` rows: in the same memory, so that nothing is copied for a switch."""
+        names = [spec.name for spec in (*engine.inputs(), *engine.outputs())]
+        engine.bind({n: self._buffers[n] if n == "time_row" else self._buffers[n][-rows:] for n in names}, CONSTANT)
+        self._bound[engine] = rows

@@ -23,13 +23,15 @@ GRAPH_IO = {
     "text_conditioner": (("prompt_embeds",), ("text_kv",)),
     "id_conditioner": (("w_plus", "level_scale"), ("id_fold",)),
     "time_conditioner": (("timesteps",), ("time_table",)),
-    "unet": (("latents", "time_row", "text_kv", "id_fold", "id_mask", "id_scale"), ("model_output", "identity_map?")),
+    "unet": (("latents", "time_row", "text_kv", "id_fold", "id_mask", "id_scale"), 
+             ("model_output", "identity_map?", "deep_features?")),
     "vae_decoder": (("latents",), ("image",)),
     "vae_encoder": (("image",), ("latents",)),
     "face_pnet": (("image",), ("offsets", "probabilities")),
     "face_rnet": (("image",), ("offsets", "probabilities")),
     "face_onet": (("image",), ("offsets", "landmarks", "probabilities")),
     "face_matting": (("face",), ("alpha",)),
+    "unet_cached": (("latents", "time_row", "text_kv", "id_fold", "id_mask", "id_scale", "deep_features"), ("model_output",)),
 }
 REQUIRED_GRAPHS = tuple(list(GRAPH_IO)[:7])  # what a generation runs; the others serve enrolment and training
 REQUIRED_FILES = ("schedule.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
@@ -153,6 +155,7 @@ class Manifest:
         for graph in REQUIRED_GRAPHS:
             if graph not in manifest.graphs:
                 raise BundleError(f"graphs must hold {graph}, got only {', '.join(sorted(manifest.graphs)) or 'none'}")
+        _check_cached(manifest.graphs)
         for path in REQUIRED_FILES:
             if path not in files:
                 raise BundleError(f"files must list {path}, got a bundle without it")
@@ -217,6 +220,16 @@ def _graph(name, data, files):
     if name in GRAPH_IO and (set(have[0]) != set(inputs) or not needed <= set(have[1])):
         raise BundleError(f"graphs.{name} must map {', '.join(inputs)} to {', '.join(outputs)}, got {have[0]} to {have[1]}")
     return spec
+
+
+def _check_cached(graphs):
+    """A step with cached features takes exactly what the whole UNet gives and takes."""
+    if "unet_cached" not in graphs:
+        return
+    whole, cached = graphs["unet"], graphs["unet_cached"]
+    for tensor in (*cached.inputs, *cached.outputs):
+        if whole.tensor(tensor.name) != tensor:
+            raise BundleError(f"graphs.unet_cached {tensor.name} must be that of graphs.unet, got {short(tensor)}")
 
 
 def _tensors(at, key):

@@ -18,6 +18,7 @@ class Options:
     steps: int
     guidance_scale: float
     guidance_interval: tuple
+    cache_interval: int
     id_scale: float
     id_start: float
     level_scale: tuple
@@ -33,6 +34,7 @@ class Options:
             _number("guidance_interval", value, 0, 1)
         require(self.guidance_interval[0] < self.guidance_interval[1], "guidance_interval", "end after it starts",
                 self.guidance_interval)
+        _integer("cache_interval", self.cache_interval, 1, MAX_STEPS)
         _number("id_scale", self.id_scale, 0, 10)
         _number("id_start", self.id_start, 0, 1)
         require(isinstance(self.level_scale, tuple) and len(self.level_scale) == 4, "level_scale",
@@ -49,8 +51,9 @@ class Options:
 
     @property
     def guided_steps(self):
-        """The steps with guidance: (first, end)."""
-        return tuple(round(x * self.steps) if self.guidance_scale != 1.0 else 0 for x in self.guidance_interval)
+        """The steps with guidance: (first, end); (0, 0) for none."""
+        first, end = (round(x * self.steps) for x in self.guidance_interval)
+        return (first, end) if self.guidance_scale != 1.0 and first < end else (0, 0)
 
     @property
     def first_identity_step(self):

@@ -16,7 +16,9 @@ from .engines import AUTO, PRECISIONS, bind_new, call, choose_engine, fall_back,
 from .errors import EngineError, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
+from .memory import STAGE_OF, Budget, give_back
 from .options import Options, resolve_mask, resolve_people, resolve_seeds
+from .presets import resolve_preset
 from .result import Result
 from .schedule import make_schedule
 from .text import TextTokenizer
@@ -24,7 +26,7 @@ from .text import TextTokenizer
 LEVELS = ("coarse", "middle", "fine", "finest")
 # The graphs that take the time, on few shapes. All others run once per person, prompt or plan: nothing would be gained
 # by rounding them, and an enrolled person is the same on every engine.
-HOT_GRAPHS = ("unet", "vae_decoder")
+HOT_GRAPHS = ("unet", "unet_cached", "vae_decoder")
 
 
 class Pipeline:
@@ -34,12 +36,18 @@ class Pipeline:
     the last `generate` began).
     """
 
-    def __init__(self, bundle, engine=AUTO, device="cpu", threads=None, precision="auto"):
+    def __init__(self, bundle, engine=AUTO, device="cpu", threads=None, precision="auto", keep=None, max_memory=None):
         require(precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", repr(precision))
         require(threads is None or (type(threads) is int and 1 <= threads <= 1024), "threads",
                 "be an integer in [1, 1024] or None", repr(threads))
         self.bundle, self.device, self.threads, self.precision = bundle, device, threads, precision
         self.seconds, self._may_fall_back = {}, engine == AUTO
+        self._keep = max_memory is None if keep is None else bool(keep)
+        self._budget = Budget(bundle, max_memory, self._keep)
+        if max_memory is not None:
+            require(engine in (AUTO, "onnxruntime") and device == "cpu", "max_memory", "be None with other engines than "
+                    "onnxruntime on the CPU, whose memory is not predicted", max_memory)
+            engine = "onnxruntime"
         size = sum(f.size for f in bundle.manifest.files.values())
         load_engine(engine if engine != AUTO else "onnxruntime")         # installed at all?
         self._compiled = find_compiled(bundle) if engine == AUTO else None
@@ -52,11 +60,12 @@ class Pipeline:
         else:
             self.engine = choose_engine(device, size) if engine == AUTO else engine
             self._engine_class = load_engine(self.engine)
-        self._engines, self._kept = {}, _Recent(16)
+        self._engines, self._kept = {}, _Recent(16 if self._keep else 4)
         self._schedule_config = bundle.json("schedule.json")
 
     @classmethod
-    def from_bundle(cls, path=None, engine=AUTO, device="cpu", threads=None, verify=True, precision="auto"):
+    def from_bundle(cls, path=None, engine=AUTO, device="cpu", threads=None, verify=True, precision="auto", keep=None,
+                    max_memory=None):
         """Open a bundle (None: the shipped `mini`) for an engine and a device.
 
         engine: "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt" (graphs that have such an engine in the bundle; the
@@ -64,9 +73,13 @@ class Pipeline:
         it is installed, on x86-64 processors, for bundles of 512 MiB and more; else ONNX Runtime. device: of what runs on
         ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes, but those of engines.
         precision: "full" computes in no fewer bits than the bundle was exported in; "auto" lets OpenVINO run UNet and VAE
-        decoder in bfloat16 where the processor has it, which changes pictures slightly. Raises BundleError, EngineError.
+        decoder in bfloat16 where the processor has it, which changes pictures slightly.
+        keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
+        denoising, decoding); None is True without max_memory. max_memory: bytes that this process shall not exceed; more
+        pictures than fit are made one batch after another, and work that is predicted not to fit is refused.
+        Raises BundleError, EngineError.
         """
-        return cls(Bundle.open(path, verify), engine, device, threads, precision)
+        return cls(Bundle.open(path, verify), engine, device, threads, precision, keep, max_memory)
 
     @property
     def directions(self):
@@ -79,6 +92,7 @@ class Pipeline:
         select: "only" refuses several faces, "largest" takes the largest. Raises FaceError in one sentence.
         """
         with self._stage("enroll"):
+            self._budget.check(enroll={})
             matting = "face_matting" in self.bundle.manifest.graphs
             if not matting:
                 warnings.warn("the bundle has no face_matting graph: the background stays in the identity", stacklevel=2)
@@ -138,16 +152,19 @@ class Pipeline:
 
         return self._kept.get(key, make)
 
-    def generate(self, identity, prompt, negative_prompt="", *, num_inference_steps=None, guidance_scale=None,
-                 guidance_interval=(0.0, 1.0), id_scale=1.0, id_start=0.0, level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None,
-                 seed=None, num_images=None, scheduler=None, edits=None, callback=None, progress=False, batch_size=4):
+    def generate(self, identity, prompt, negative_prompt="", *, preset="exact", num_inference_steps=None,
+                 guidance_scale=None, guidance_interval=None, cache_interval=None, id_scale=1.0, id_start=None,
+                 level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None, seed=None, num_images=None, scheduler=None, edits=None,
+                 callback=None, progress=False, batch_size=4):
         """Make pictures of a person and return a Result.
 
         identity: an Identity, a list of them (then with `id_mask`), or None for nobody.
+        preset: "exact", "balanced" or "fast", which choose the steps and the next three where they are None (presets.py).
         num_inference_steps, guidance_scale (1 = off), scheduler: None takes the bundle's own (else 20, 3.0, dpmpp_2m).
         guidance_interval: (start, end), the part of the steps with guidance, as fractions of their number; the others follow
         the prompt without guidance and cost half.
-        id_scale: strength of the identity; 0 is the base model. id_start: part of the steps, from the start, without it.
+        cache_interval: the whole UNet runs every so many steps, its outermost layers alone in the others (1 = off).
+        id_start: part of the steps, from the start, without the identity. id_scale: its strength; 0 is the base model.
         level_scale: strength of the W+ levels coarse, middle, fine, finest. edits: direction -> standard deviations.
         id_mask: where each person may appear: boxes (x0, y0, x1, y1) in fractions or arrays [P,H,W] in [0,1].
         seed: one number (image i gets seed + i), a list with one per image, or None. The picture of a seed does not
@@ -157,33 +174,40 @@ class Pipeline:
         """
         self.seconds, begun = {}, time.perf_counter()
         model, defaults = self.bundle.manifest.model, self.bundle.manifest.scheduler
+        cached = "unet_cached" in self.bundle.manifest.graphs
+        chosen = resolve_preset(preset, {
+            "num_inference_steps": num_inference_steps, "guidance_interval": guidance_interval,
+            "cache_interval": cache_interval, "id_start": id_start,
+        }, _first(defaults.get("num_inference_steps"), 20), cached)
         options = Options(
-            _first(num_inference_steps, defaults.get("num_inference_steps"), 20),
-            _first(guidance_scale, defaults.get("guidance_scale"), 3.0), _tuple(guidance_interval), id_scale, id_start,
-            _tuple(level_scale),
-            _solver(scheduler, defaults), batch_size)
+            chosen["num_inference_steps"], _first(guidance_scale, defaults.get("guidance_scale"), 3.0),
+            _tuple(chosen["guidance_interval"]), chosen["cache_interval"], id_scale, chosen["id_start"],
+            _tuple(level_scale), _solver(scheduler, defaults), batch_size)
+        require(options.cache_interval == 1 or cached, "cache_interval", "be 1 for this bundle, which has no graph unet_cached "
+                "(export it again)", options.cache_interval)
         people = [self.edit(p, **(edits or {})) for p in resolve_people(identity, model.w_plus_layers)]
         self._warn_foreign(people)
         seeds = resolve_seeds(seed, num_images)
         mask = resolve_mask(id_mask, len(people), *model.latent_shape[1:])
+        batch = self._budget.batch(min(options.batch_size, len(seeds)), 1 + options.guided, len(mask), options.steps,
+                                   options.cache_interval > 1)
         conditions = self._conditions(options, people, mask, prompt, negative_prompt)
         with self._stage("plan"):
             plan = self.plan(options.steps, options.scheduler)
         images, maps = [], []
-        chunks = self._chunks(seeds, options)
+        chunks = self._chunks(seeds, batch, options.guided)
         with _Progress(callback, progress, options.steps * len(chunks), self._decode) as watch:
-            for chunk in chunks:
-                latents, identity_map = self._denoise(plan, chunk, options, conditions, watch)
+            for latents, identity_map in self._denoised(plan, chunks, options, conditions, watch):
                 images += list(self._decode(latents))
                 maps.append(identity_map)
         self.seconds["total"] = time.perf_counter() - begun
         return Result(images, None if maps[0] is None else np.concatenate(maps), seeds, self.seconds, self.engine,
                       self.device, options.scheduler, options.steps, float(options.guidance_scale))
 
-    def _chunks(self, seeds, options):
-        """Split the seeds into batches: of `batch_size`, or of what compiled engines take."""
-        most = self._compiled.most_images(options.guided) if self._compiled else None
-        batch = min(options.batch_size, most or options.batch_size)
+    def _chunks(self, seeds, batch, guided):
+        """Split the seeds into batches, or into what compiled engines take."""
+        most = self._compiled.most_images(guided) if self._compiled else None
+        batch = min(batch, most or batch)
         chunks = [seeds[i:i + batch] for i in range(0, len(seeds), batch)]
         for chunk in chunks if self._compiled else ():
             self._compiled.check_images((len(chunk), *self.bundle.manifest.model.latent_shape))
@@ -205,9 +229,14 @@ class Pipeline:
             return Conditions(
                 np.concatenate([np.repeat(t, count, 0) for t in text]), np.repeat(np.stack(folds), count, 0),
                 np.repeat(mask[None], count * len(folds), 0), id_scale, options.first_identity_step, count,
-                options.guided_steps)
+                options.guided_steps, options.cache_interval)
 
         return rows
+
+    def _denoised(self, plan, chunks, options, conditions, watch):
+        """Yield what `_denoise` returns for every chunk: after the last one, if the UNet goes before the decoder comes."""
+        each = (self._denoise(plan, chunk, options, conditions, watch) for chunk in chunks)
+        return each if self._keep else list(each)
 
     def _denoise(self, plan, seeds, options, conditions, watch):
         """Denoise one batch from its seeds' noise: (latents [B,c,h,w], identity map or None)."""
@@ -215,7 +244,9 @@ class Pipeline:
 
         shape = self.bundle.manifest.model.latent_shape
         with self._stage("load"):  # an engine may compile for these shapes
-            denoiser = Denoiser(self._graph("unet"), plan, conditions(len(seeds)), shape)
+            rows = conditions(len(seeds))
+            cached = self._graph("unet_cached") if rows.cache_interval > 1 else None
+            denoiser = Denoiser(self._graph("unet"), plan, rows, shape, cached)
         with self._stage("denoise"):
             latents = _C.randn(seeds, shape)
             latents *= np.float32(plan.schedule.init_noise_sigma)
@@ -236,6 +267,9 @@ class Pipeline:
     def _graph(self, name):
         """Return the engine of a graph, loaded at the first use."""
         if name not in self._engines:
+            if not self._keep and any(STAGE_OF.get(other) != STAGE_OF.get(name) for other in self._engines):
+                self._engines = {}
+                give_back()
             with self._stage("load"):
                 try:
                     self._engines[name] = self._load(name)

@@ -17,7 +17,7 @@ from tiny_model import make_adapter, make_unet, printed, shared
 from pidiff.export.__main__ import main
 from pidiff.export.attention import Form
 from pidiff.export.bundle import ExportOptions
-from pidiff.export.parts import Sizes, example_of, unet_cases, unet_graph, widths
+from pidiff.export.parts import Sizes, example_of, unet_cases, unet_graphs, widths
 from pidiff.export.step import step_unet
 from pidiff.export.to_onnx import write_graph
 from pidiff.export.verify import BOUNDS, open_session, verify_graph
@@ -31,8 +31,8 @@ BUNDLES = {
     "standard23": ("residual", ExportOptions(Form("standard", 23))),
     "fp16": ("parallel", ExportOptions(fp16=True)),
 }
-GRAPHS = {"text_encoder", "w_plus_encoder", "text_conditioner", "id_conditioner", "time_conditioner", "unet", "vae_decoder",
-          "vae_encoder"}
+GRAPHS = {"text_encoder", "w_plus_encoder", "text_conditioner", "id_conditioner", "time_conditioner", "unet", "unet_cached",
+          "vae_decoder", "vae_encoder"}
 FACES = {"face_pnet", "face_rnet", "face_onet"}
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -64,7 +64,7 @@ def test_a_bundle_opens_and_states_what_was_verified(bundles, name):
     dtype = "float16" if options.fp16 else "float32"
     assert {t.dtype for t in m.graphs["unet"].inputs} == {dtype}
     assert m.graphs["time_conditioner"].inputs[0].dtype == "float32" and m.graphs["time_conditioner"].outputs[0].dtype == dtype
-    assert [t.name for t in m.graphs["unet"].outputs] == ["model_output", "identity_map"][:1 + (mode == "parallel")]
+    assert [t.name for t in m.graphs["unet"].outputs] == ["model_output", *["identity_map"][:mode == "parallel"], "deep_features"]
     assert m.model.unet.channels == (16, 16, 16, 32) and m.model.unet.heads == (2,) * 4
     assert m.model.image_size == (64 if mode == "parallel" else 16) and m.graphs["unet"].tensor("latents").shape[1:] == (4, 8, 8)
     assert UNET_FILE in m.sources and m.licences["model"] == "see LICENSE"
@@ -82,10 +82,10 @@ def test_custom_nodes_are_in_the_fused_form_only(bundles, name):
     if BUNDLES[name][1].form.opset == 23:
         assert sum(n.op_type == "Attention" and not n.domain for n in nodes(bundles(name) / "unet.onnx")) == 8
     for path in bundles(name).glob("*.onnx"):
-        if not (own and path.stem == "unet"):          # the checker knows no other domain than ONNX's
+        if not (own and path.stem.startswith("unet")):          # the checker knows no other domain than ONNX's
             onnx.checker.check_model(str(path), full_check=True)
         domains = {o.domain for o in onnx.load(path, load_external_data=False).opset_import}
-        assert domains == ({"", "pidiff"} if own and path.stem == "unet" else {""}), path
+        assert domains == ({"", "pidiff"} if own and path.stem.startswith("unet") else {""}), path
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -204,7 +204,7 @@ def test_every_form_of_the_unet_agrees_with_pytorch_at_any_size(attention, opset
     weights = WeightIndex(tmp_path)
     weights.add(unet, "unet.safetensors")
     with step_unet(unet, adapter.config, form) as step:
-        graph = unet_graph(step, sizes, width, dtype)
+        graph, = unet_graphs(step, sizes, width, dtype)
         spec = write_graph(graph, example_of(graph, sizes), opset, weights)
     for size, case in cases.items():
         parity = verify_graph(tmp_path / "unet.onnx", spec, case, "fp16" if fp16 else "fp32", form.fused)

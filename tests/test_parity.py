@@ -104,6 +104,16 @@ def test_guidance_in_a_part_of_the_steps(pairs, monkeypatch, interval):
     assert np.abs(part - everywhere).max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["fused", "standard23"])
+@pytest.mark.parametrize("options", [{"cache_interval": 2}, {"cache_interval": 3, "guidance_interval": (0.35, 0.7), "id_start": 0.2}],
+                         ids=["alone", "with the rest"])
+def test_cached_features(pairs, monkeypatch, name, options):
+    pair = pairs(name)
+    cached = compare(pair, monkeypatch, pair.people[:1], solver="ddim", steps=9, **options)
+    options = {k: v for k, v in options.items() if k != "cache_interval"}
+    assert np.abs(cached - compare(pair, monkeypatch, pair.people[:1], solver="ddim", steps=9, **options)).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", BUNDLES)
 def test_without_identity_both_sides_are_the_base_model(pairs, monkeypatch, name):
     pair = pairs(name)

@@ -225,6 +225,8 @@ def test_ctrl_c_in_the_loop(pipe):
     ({"guidance_interval": (0, 0.5, 1)}, "guidance_interval must be two numbers (start, end)"),
     ({"guidance_interval": (0, 1.5)}, "guidance_interval must be a number in [0, 1], got 1.5"),
     ({"guidance_interval": (0.5, 0.5)}, "guidance_interval must end after it starts, got (0.5, 0.5)"),
+    ({"cache_interval": 0}, "cache_interval must be an integer in [1, 1000], got 0"),
+    ({"cache_interval": 2}, "cache_interval must be 1 for this bundle, which has no graph unet_cached (export it again), got 2"),
     ({"id_scale": float("inf")}, "id_scale must be a number in [0, 10], got inf"),
     ({"id_scale": "1"}, "id_scale must be a number in [0, 10], got '1'"),
     ({"id_start": 1.5}, "id_start must be a number in [0, 1], got 1.5"),

@@ -1,4 +1,4 @@
-"""Cheaper steps in the runtime: guidance in a part of them."""
+"""Cheaper steps in the runtime: guidance in a part of them, and presets."""
 
 import importlib.util
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny_bundle import LAYERS, write_tiny_bundle
 
-from pidiff.runtime import Identity, Pipeline
+from pidiff.runtime import Identity, PidiffError, Pipeline
+from pidiff.runtime.presets import PRESETS, resolve_preset
 
 PROMPT = "a photo of person"
 ENGINES = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.skipif(
@@ -78,3 +79,30 @@ def test_the_negative_prompt_matters_inside_only(pipe):
     assert not np.array_equal(images(pipe, **short), images(pipe, **short, negative_prompt="blue"))
     none = {"guidance_interval": (0.9, 1.0), "num_inference_steps": 2}
     assert np.array_equal(images(pipe, **none), images(pipe, **none, negative_prompt="blue"))
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+GIVEN = {"num_inference_steps": None, "guidance_interval": None, "cache_interval": None, "id_start": None}
+
+
+def test_presets_are_options_and_each_can_be_overridden():
+    exact = resolve_preset("exact", GIVEN, 20, True)
+    assert exact == {"num_inference_steps": 20, "guidance_interval": (0.0, 1.0), "cache_interval": 1, "id_start": 0.0}
+    for name, options in PRESETS.items():
+        found = resolve_preset(name, GIVEN, 20, True)
+        assert found == {**exact, **{k: v for k, v in options.items() if k != "steps"},
+                         "num_inference_steps": round(20 * options.get("steps", 1))}
+        for key, value in (("num_inference_steps", 7), ("guidance_interval", (0, 0.5)), ("cache_interval", 4), ("id_start", 0.0)):
+            assert resolve_preset(name, {**GIVEN, key: value}, 20, True) == {**found, key: value}
+    assert resolve_preset("fast", GIVEN, 1, True)["num_inference_steps"] == 1
+
+
+def test_presets_on_a_bundle_without_the_cached_graph(pipe):
+    with pytest.warns(UserWarning, match="preset fast does without cached features: the bundle has no graph unet_cached"):
+        fast = images(pipe, preset="fast", num_inference_steps=None)
+    same = images(pipe, num_inference_steps=2, guidance_interval=PRESETS["fast"]["guidance_interval"])
+    assert np.array_equal(fast, same)  # the tiny bundle's own number of steps is 5
+    assert np.array_equal(images(pipe, preset="exact"), images(pipe))
+    with pytest.raises(PidiffError, match="preset must be one of exact, balanced, fast, got 'best'"):
+        images(pipe, preset="best")

@@ -1,0 +1,136 @@
+"""Memory: which graphs are in use together, what they are predicted to need, and a limit that is kept or refused.
+
+The prediction is a rule of thumb for ONNX Runtime on a CPU, checked against the peak resident memory of processes that run
+`mini`: while a graph loads, its weights are there as they are multiplied (float32) and packed for that; a run needs its inputs
+three times (those of the batch before, and the identity cut into layers), folded people in between, and activations.
+"""
+
+import ctypes
+import gc
+import math
+import re
+import sys
+from contextlib import suppress
+
+from .errors import require
+from .strict import parse_json
+
+MIB = 1 << 20
+# Graphs that work together; the stages of a picture follow one another in this order.
+STAGES = {
+    "enroll": ("face_pnet", "face_rnet", "face_onet", "face_matting", "w_plus_encoder"),
+    "text": ("text_encoder", "text_conditioner"), "identity": ("id_conditioner",), "plan": ("time_conditioner",),
+    "denoise": ("unet", "unet_cached"), "decode": ("vae_decoder",),
+}
+STAGE_OF = {graph: stage for stage, graphs in STAGES.items() for graph in graphs}
+LIBRARIES = 70 * MIB        # what OpenCV, ONNX Runtime and the tokenizer add to a process when they are first used
+PER_GRAPH = 12 * MIB
+PACKED = 2.5                # bytes at the peak of loading per byte of float32 weights
+COPIES = 3
+# A reference into external data, in the protobuf of a graph: key "length", value in decimal.
+_LENGTH = re.compile(rb"\n\x06length\x12[\x01-\x14](\d+)")
+_LOCATION = re.compile(rb"\n\x08location\x12.([\w./-]+?\.safetensors)")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(text):
+    """Return bytes of a size like 800M, 1.5G or 1073741824; the letters are powers of 1024."""
+    found = _SIZE.fullmatch(text.strip())
+    require(found is not None, "max_memory", "be a size such as 800M or 1.5G", repr(text))
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
+def resident():
+    """Return the resident memory of this process in bytes, 0 where the system does not say."""
+    with suppress(OSError, ValueError):
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS:"))
+    return 0
+
+
+def give_back():
+    """Return freed memory to the system, where the C library can (glibc)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class Predictor:
+    """Predicted bytes for the graphs of a bundle; reads a graph's file at its first question."""
+
+    def __init__(self, bundle):
+        self._bundle, self._weights = bundle, {}
+
+    def weights(self, graph):
+        """Return bytes of a graph's weights in float32."""
+        if graph not in self._weights:
+            path = self._bundle.file(self._bundle.graph(graph).file)
+            data = path.read_bytes()
+            stored = sum(map(int, _LENGTH.findall(data)))
+            files = sorted(set(_LOCATION.findall(data)))
+            wide = all(self._itemsize(f.decode()) == 4 for f in files)
+            self._weights[graph] = stored * (1 if wide else 2) + (0 if files else len(data))
+        return self._weights[graph]
+
+    def graph(self, name, batch=1, people=1, steps=1):
+        """Return bytes that a graph needs while it is loaded and run on `batch` rows."""
+        spec, axes = self._bundle.graph(name), {"B": batch, "P": people, "N": steps}
+        sizes = [math.prod(axes.get(n, n if isinstance(n, int) else 1) for n in t.shape) for t in (*spec.inputs, *spec.outputs)]
+        return int(PER_GRAPH + PACKED * self.weights(name) + COPIES * 4 * sum(sizes) + self._activations(name, batch))
+
+    def stage(self, name, batch=1, people=1, steps=1, cached=False):
+        """Return bytes for all graphs of a stage; batch: rows of the UNet, or pictures."""
+        graphs = [g for g in STAGES[name] if g in self._bundle.manifest.graphs and (cached or g != "unet_cached")]
+        need = sum(self.graph(g, batch, people, steps) for g in graphs)
+        if name != "denoise":
+            return need
+        fold = self._bundle.graph("unet").tensor("id_fold").shape[-1]
+        return need + COPIES * 4 * fold * (people + 1)
+
+    def _activations(self, name, batch):
+        model = self._bundle.manifest.model
+        _, height, width = model.latent_shape
+        if name in STAGES["denoise"]:
+            return batch * 24 * 4 * height * width * model.unet.channels[0]
+        if name == "vae_decoder":       # AutoencoderKL: its last block at full size, and ONNX Runtime's arena, which doubles
+            config = self._bundle.json("vae/config.json") if "vae/config.json" in self._bundle.manifest.files else {}
+            channels = sum(config.get("block_out_channels", (16,))[:2])
+            return batch * 4 * 4 * model.image_size**2 * channels
+        return 0
+
+    def _itemsize(self, file):
+        """Bytes of an element of a weights file, by the first float tensor in its header."""
+        with open(self._bundle.file(file), "rb") as handle:
+            header = parse_json(handle.read(int.from_bytes(handle.read(8), "little")), file)
+        kinds = [v.get("dtype") for k, v in header.items() if k != "__metadata__"]
+        return 2 if next((k for k in kinds if k in ("F16", "F32")), "F32") == "F16" else 4
+
+
+class Budget:
+    """`max_memory` bytes (None: no limit) for a Pipeline that keeps its graphs loaded, or only those of one stage."""
+
+    def __init__(self, bundle, limit, keep):
+        require(limit is None or type(limit) is int and limit > 0, "max_memory", "be a number of bytes or None", repr(limit))
+        self._limit, self._keep, self._predictor = limit, keep, Predictor(bundle)
+        self._base = resident() + (0 if "onnxruntime" in sys.modules else LIBRARIES)
+
+    def check(self, **stages):
+        """Raise PidiffError, one sentence with the predicted need, if stages (name -> sizes of Predictor.stage) do not fit."""
+        need = self.need(**stages)
+        require(self._limit is None or need <= self._limit, "max_memory",
+                f"be at least {need // MIB + 1} MiB for this bundle and this work", f"{(self._limit or 0) // MIB} MiB")
+
+    def need(self, **stages):
+        """Return the predicted peak in bytes, 0 without a limit: nobody asked."""
+        if self._limit is None:
+            return 0
+        return self._base + (sum if self._keep else max)(self._predictor.stage(n, **sizes) for n, sizes in stages.items())
+
+    def batch(self, most, rows, people, steps, cached):
+        """Return how many pictures, up to `most`, can be denoised and decoded at once; `rows` of the UNet for each."""
+        for batch in range(most, 0, -1):
+            stages = {"text": {}, "identity": {}, "plan": {"steps": steps}, "decode": {"batch": batch},
+                      "denoise": {"batch": batch * rows, "people": people, "cached": cached}}
+            if self._limit is None or self.need(**stages) <= self._limit:
+                return batch
+        self.check(**stages)

@@ -1,0 +1,110 @@
+"""Memory: graphs of one stage at a time, and a limit that is kept or refused with the need."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_face import drawn_face
+from tiny_bundle import LAYERS, write_tiny_bundle
+
+from pidiff.runtime import Identity, PidiffError, Pipeline
+from pidiff.runtime.bundle import Bundle, shipped_bundle
+from pidiff.runtime.memory import MIB, STAGE_OF, Predictor, parse_size
+
+PROMPT = "a photo of person"
+PERSON = Identity(np.random.default_rng(0).standard_normal((LAYERS, 512)).astype(np.float32))
+needs_mini = pytest.mark.skipif(not (shipped_bundle() / "manifest.json").exists(), reason="models/mini is not there")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+def images(pipe, who=PERSON, **options):
+    return np.stack(pipe.generate(who, PROMPT, seed=1, num_images=3, batch_size=2, num_inference_steps=3, **options).images)
+
+
+def test_one_stage_at_a_time_gives_the_same_pictures(tiny, monkeypatch):
+    alone, loads = Pipeline.from_bundle(tiny, threads=1, keep=False), []
+    load = alone._load
+    monkeypatch.setattr(alone, "_load", lambda name: loads.append((name, *alone._engines)) or load(name))
+    kept = Pipeline.from_bundle(tiny, threads=1)
+    assert np.array_equal(images(alone, alone.enroll(drawn_face(256))), images(kept, kept.enroll(drawn_face(256))))
+    assert all(len({STAGE_OF[name] for name in loaded}) == 1 for loaded in loads)
+    assert [name for name, *_ in loads].count("unet") == [name for name, *_ in loads].count("vae_decoder") == 1
+    assert len(alone._engines) == 1 and len(kept._engines) > 6
+
+
+def test_sizes():
+    assert [parse_size(t) for t in ("800M", "1.5G", "4096", "2 GiB", "1k", "3MB")] == [800 << 20, 3 << 29, 4096, 2 << 30, 1024, 3 << 20]
+    for wrong in ("", "M", "-1M", "1X", "1e3"):
+        with pytest.raises(PidiffError, match="max_memory must be a size such as 800M or 1.5G"):
+            parse_size(wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, -5, 1.5, "800M", True])
+def test_impossible_limits(tiny, wrong):
+    with pytest.raises(PidiffError, match="max_memory must be a number of bytes or None"):
+        Pipeline.from_bundle(tiny, max_memory=wrong)
+
+
+def test_an_engine_that_is_not_predicted(tiny):
+    with pytest.raises(PidiffError, match="max_memory must be None with other engines than onnxruntime"):
+        Pipeline.from_bundle(tiny, engine="openvino", max_memory=1 << 30)
+
+
+@needs_mini
+def test_weights_are_counted_as_they_are_multiplied():
+    bundle = Bundle.open()
+    stored = bundle.manifest.files["unet/diffusion_pytorch_model.safetensors"].size
+    assert 1.4 * stored < Predictor(bundle).weights("unet") < 2 * stored  # float16 on disk, float32 in the graph
+    assert Predictor(bundle).weights("face_onet") == bundle.manifest.files["face_onet.onnx"].size  # weights inside
+
+
+def test_a_smaller_limit_makes_smaller_batches(tiny):
+    pipe = Pipeline.from_bundle(tiny, threads=1, max_memory=4 << 30)
+    rows = []
+    denoise = pipe._denoise
+    pipe._denoise = lambda plan, seeds, *rest: rows.append(len(seeds)) or denoise(plan, seeds, *rest)
+    expected = images(pipe)
+    pipe._budget._predictor._activations = lambda graph, batch: batch * (100 << 20) if graph == "unet" else 0
+    pipe._budget._limit = pipe._budget.need(denoise={"batch": 3})
+    assert np.abs(images(pipe).astype(int) - expected).max() <= 1 and rows == [2, 1, 1, 1, 1]
+
+
+COMMAND = """
+import sys
+from pidiff.runtime.__main__ import generate
+code = generate(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+
+
+@needs_mini
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_the_limit_is_kept_or_refused(tmp_path):
+    """In a process of its own: what is refused names a limit, and under that limit the peak of resident memory stays."""
+    photo = Path(__file__).resolve().parent.parent / "examples" / "person-1.jpg"
+    arguments = ["--face", photo, "--prompt", "a photo of a person", "--out", tmp_path / "out.png", "--seed", "1", "--steps", "2",
+                 "--num-images", "3", "--threads", "1"]
+
+    def run(limit):
+        return subprocess.run([sys.executable, "-c", COMMAND, *map(str, arguments), "--max-memory", limit], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300)
+
+    refused = run("120M")
+    need = re.search(r"max_memory must be at least (\d+) MiB for this bundle and this work, got 120 MiB", refused.stderr)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    while need and not (done := run(f"{need[1]}M")).returncode == 0:  # enrolment is refused first, then the picture
+        need, before = re.search(r"at least (\d+) MiB", done.stderr), need
+        assert int(need[1]) > int(before[1])
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) << 10
+    assert peak <= int(need[1]) * MIB, f"{peak / MIB:.0f} MiB over {need[1]}"
+    assert peak > 0.5 * int(need[1]) * MIB, "a prediction that refuses what would fit twice is no prediction"
+    assert len(list(tmp_path.iterdir())) == 3
