@@ -45,15 +45,17 @@ class Pipeline:
         self._schedule_config = bundle.json("schedule.json")
 
     @classmethod
-    def from_bundle(cls, path=None, engine=AUTO, device="cpu", threads=None, verify=True, precision="auto"):
+    def from_bundle(cls, path=None, engine=AUTO, device="cpu", threads=None, verify=True, precision="auto",
+                    require_signature=None):
         """Open a bundle (None: the shipped `mini`) for an engine and a device.
 
         engine: "onnxruntime", "openvino", or "auto": OpenVINO where it is installed, on x86-64 processors, for bundles of
         512 MiB and more; else ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes.
+        require_signature: a public key (.pub file or its second line) that the bundle must be signed by.
         precision: "full" computes in no fewer bits than the bundle was exported in; "auto" lets OpenVINO run UNet and VAE
         decoder in bfloat16 where the processor has it, which changes pictures slightly. Raises BundleError, EngineError.
         """
-        return cls(Bundle.open(path, verify), engine, device, threads, precision)
+        return cls(Bundle.open(path, verify, require_signature), engine, device, threads, precision)
 
     @property
     def directions(self):
