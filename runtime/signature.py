@@ -1,7 +1,7 @@
 """Signatures of bundles: manifest.sig, in minisign's format (version 1), over the bytes of manifest.json.
 
-The manifest holds the hash of every other file, so its signature covers the bundle, engines included. minisign reads and
-writes the same files (secret keys without a password, `minisign -G -W`):
+The manifest holds the hash of every other file, so its signature covers the bundle, engines included. minisign and
+its relatives read and write the same files (secret keys without a password, `minisign -G -W`):
 
     minisign -V -p NAME.pub -m BUNDLE/manifest.json -x BUNDLE/manifest.sig
 
@@ -132,15 +132,15 @@ def _lines(path, argument, count):
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
             data = file.read(MAX_BYTES + 1)
-        lines = data.decode("utf-8").split("\n")
+        lines = data.decode("utf-8").removesuffix("\n").split("\n")
     except OSError as e:
         raise BundleError(f"{argument} must be a readable file, got {path}: {reason(e)}") from e
     except UnicodeDecodeError as e:
         raise BundleError(f"{argument} must be a text file, got {path}") from e
     lines = [line.removesuffix("\r") for line in lines]
-    whole = len(data) <= MAX_BYTES and len(lines) == count + 1 and not lines[-1] and lines[0].startswith(_UNTRUSTED)
+    whole = len(data) <= MAX_BYTES and len(lines) == count and lines[0].startswith(_UNTRUSTED)
     require(whole, argument, f"be a text of {count} lines in minisign's format", f"another file, {path}", BundleError)
-    return lines[:-1]
+    return lines
 
 
 def _decode(text, size, must):
