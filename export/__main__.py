@@ -8,11 +8,15 @@ import sys
 import warnings
 from pathlib import Path
 
+from pidiff.runtime.bundle import Bundle, shipped_bundle
+from pidiff.runtime.signature import load_secret_key
+
 from . import engine_commands
 
+MODES = ("auto", "full", "short", "none")        # of report.py, which would import torch
 EPILOG = """\
 MODEL is a folder in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) with two folders of PIDiff,
-w_plus_encoder/ and adapter/, or the published files --encoder and --adapter in place of these. A bundle is such a folder
+w_plus_encoder/ and adapter/, or the published files --encoder and --adapter in place of these; or one .safetensors file and --layout. A bundle is such a folder
 too, so a bundle can be exported again in another form.
 
 OUT becomes a bundle: manifest.json (sizes, hashes, parity figures), *.onnx graphs, and the weights as safetensors, which
@@ -21,8 +25,11 @@ the graphs point into. Every graph is run in ONNX Runtime and compared with PyTo
   pidiff-export mini out/mini-fp16 --fp16                       the shipped model in half precision
   pidiff-export mini out/mini-plain --attention standard        without custom nodes, for any ONNX engine
   pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
+  pidiff-export sd15/ out/lcm --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --lora lcm-lora.safetensors \
+      --solver lcm --steps 4 --guidance-scale 1                 a model of few steps
   pidiff-export mini out/mini-rtx --fp16 --engine tensorrt-rtx  with engines for RTX cards; no GPU is needed to build them
   pidiff-export --into out/mini-rtx --engine tensorrt-rtx --target host       more engines, or the rest of a stopped build
+  pidiff-export --new-key me; pidiff-export --into out/mini-rtx --sign me.key     a bundle signed for those who have me.pub
   pidiff-export --check out/mini-rtx                            will the engines run here? status: see --check
 """
 
@@ -42,6 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--encoder", metavar="FILE", type=Path, help="published e4e encoder (e4e_ffhq_encode.pt)")
     parser.add_argument("--cached-layers", type=int, default=1, metavar="N",
                         help="up layers of the UNet that a step with cached features runs (default 1); 0: no graph for such steps")
+    parser.add_argument("--layout", metavar="FOLDER", type=Path,
+                        help="with MODEL.safetensors, a Stable Diffusion 1 checkpoint in one file: a folder like MODEL for all that is "
+                             "not in it, configurations and tokenizer; weights of UNet, VAE and text encoder need not be there")
+    parser.add_argument("--lora", metavar="FILE[:SCALE]", action="append", default=[],
+                        help="fuse a LoRA (kohya's, diffusers' or PEFT's names; LCM-LoRA too) into UNet and text encoder; may be repeated")
+    parser.add_argument("--report", choices=MODES, default="auto",
+                        help="what report.html in the bundle tells: full: every graph in every engine that is here, and a picture drawn "
+                             "by PyTorch and by each; short: what the export measures anyway; auto (default): full, but short for "
+                             "models of Stable Diffusion's size, whose picture would take minutes")
     parser.add_argument("--name", help="name of the bundle (default: the source's)")
     defaults = parser.add_argument_group("defaults stored for the runtime (default: the source bundle's, else the runtime's)")
     defaults.add_argument("--solver", choices=("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"))
@@ -64,7 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     engine_commands.check_arguments(parser, args)
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if args.check or args.engine:
+        if args.model and args.require_signature:
+            # Before anything of it is read as a model.
+            Bundle.open(_folder(args.model, args.layout), require_signature=args.require_signature)
+        if args.check or args.engine or args.into or args.new_key:
             return engine_commands.run(args, argv)
         return _run(args)
     except KeyboardInterrupt as stopped:
@@ -86,19 +105,17 @@ def _run(args: argparse.Namespace) -> int:
 
         from .attention import Form
         from .bundle import STEPS, ExportOptions, export_bundle
+        from .lora import Lora
         from .source import Source
         from .verify import Parity, table
     except ImportError as error:
         raise ValueError(f"pidiff-export needs the extra 'export' (pip install 'pidiff-edge[export]'), got no {error.name}") from error
-    from pidiff.runtime.bundle import shipped_bundle
-
-    folder = shipped_bundle() if args.model == "mini" else Path(args.model)
-    if not folder.is_dir():
-        raise ValueError(f"MODEL must be mini or an existing folder, got {args.model}")
-    source = Source(folder, args.adapter, args.encoder)
+    single = Path(args.model) if Path(args.model).suffix == ".safetensors" else None
+    source = Source(_folder(args.model, args.layout), args.adapter, args.encoder, single, tuple(map(Lora.parse, args.lora)))
     sampling = {"solver": args.solver, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     options = ExportOptions(Form(args.attention or "fused", args.opset), args.fp16, args.name,
-                            {k: v for k, v in sampling.items() if v is not None}, args.cached_layers)
+                            {k: v for k, v in sampling.items() if v is not None}, args.cached_layers, args.report,
+                            load_secret_key(args.sign) if args.sign else None)
     with tqdm(total=STEPS, unit="graph", desc="export", leave=False, disable=args.quiet) as bar:
         def report(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
@@ -107,10 +124,25 @@ def _run(args: argparse.Namespace) -> int:
         manifest = export_bundle(source, args.out, options, report)
     if not args.quiet:
         print(table({n: Parity(**p) for n, p in manifest.parity.items()}))
+        for graph, layers in manifest.float32_layers.items():
+            print(f"{graph} keeps in float32: {', '.join(layer or 'everything' for layer in layers)}")
         size = sum(f.size for f in manifest.files.values())
         print(f"{args.out}: {manifest.name}, {manifest.precision}, {manifest.attention} attention, opset {manifest.opset}, "
-              f"{size / 2**20:.1f} MiB")
+              f"{size / 2**20:.1f} MiB" + (f"; see {args.out / 'report.html'}" if args.report != "none" else ""))
     return 0
+
+
+def _folder(model: str, layout: Path | None = None) -> Path:
+    """The folder with a model's configurations; of a checkpoint in one file, `layout`."""
+    single = Path(model).suffix == ".safetensors"
+    if single and Path(model).is_file() and layout is None:
+        raise ValueError(f"MODEL must be given --layout FOLDER (configurations and tokenizer) if it is one file, got only {model}")
+    if layout is not None and not single:
+        raise ValueError(f"--layout must be given with a MODEL.safetensors, got {model}")
+    folder = shipped_bundle() if model == "mini" else layout if single and Path(model).is_file() else Path(model)
+    if not folder.is_dir():
+        raise ValueError(f"MODEL must be mini, an existing folder or a .safetensors file, got {model if layout is None else folder}")
+    return folder
 
 
 def _silence() -> None:

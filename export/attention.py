@@ -119,11 +119,13 @@ class FoldedIdentityAttention:
         k, v = encoder_hidden_states[..., self.kv_start:self.kv_start + 2 * channels].split(channels, -1)
         columns = attn.heads * (self.tokens + self.has_null)
         middle = self.fold_start + channels * columns
+        dtype, mask = hidden_states.dtype, self.inputs.masks[self.level].flatten(2)
         fold = self.inputs.id_fold
         a = fold[..., self.fold_start:middle].unflatten(-1, (channels, columns))
         v_id = fold[..., middle:middle + self.tokens * channels].unflatten(-1, (self.tokens, channels))
-        mask = self.inputs.masks[self.level].flatten(2)
-        out, mass = identity_attention(q, k, v, hidden_states, a, v_id, mask, self.inputs.id_scale, attn.heads,
+        # In a float32 island of a float16 graph these come from outside of it.
+        a, v_id, scale = a.to(dtype), v_id.to(dtype), self.inputs.id_scale.to(dtype)
+        out, mass = identity_attention(q, k, v, hidden_states, a, v_id, mask.to(dtype), scale, attn.heads,
                                        self.has_null, self.residual, self.form)
-        self.inputs.maps.setdefault(self.level, []).append(mass)
+        self.inputs.maps.setdefault(self.level, []).append(mass.to(mask.dtype))
         return attn.to_out[0](out)

@@ -1,6 +1,7 @@
 """Writes a bundle: stores each part's weights, writes and verifies its graphs, then commits the manifest."""
 
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pidiff.autoencoder import PatchAutoencoder
 from pidiff.caching import check_outer
@@ -19,22 +20,26 @@ from pidiff.config import save_config
 from pidiff.matting import FaceMatting
 from pidiff.model import Model
 from pidiff.runtime.bundle import Bundle, BundleWriter, GraphSpec, sha256_file, shipped_bundle
+from pidiff.runtime.signature import SecretKey
 from pidiff.unet import cross_attention_layers
 
 from . import parts
 from .attention import Form
 from .graphs import Graph
 from .parts import Sizes, example_of
+from .picture import draw
+from .ranges import Ranges, float32_islands, measure
+from .report import check_mode, write_report
 from .source import Source
 from .step import step_unet
 from .to_onnx import read_spec, write_graph
-from .verify import Case, Parity, custom_op_library, verify_graph
+from .verify import Case, Parity, custom_op_library, measure_engine, other_engines, verify_graph
 from .weights import ExportError, WeightIndex, load_stored, write_safetensors
 
 FACE_GRAPHS = ("face_pnet", "face_rnet", "face_onet")
 FACE_LICENCE = "LICENSE-facenet-pytorch"
 _UNET, _VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
-STEPS = 12          # graphs to write and verify, for a progress bar; see `Report`
+STEPS = 13          # graphs to write and verify, and a picture, for a progress bar; see `Report`
 
 Report = Callable[[str], None]
 
@@ -42,25 +47,28 @@ Report = Callable[[str], None]
 @dataclass(frozen=True)
 class ExportOptions:
     """form: how attention is written. fp16: store and compute in float16. sampling: defaults stored for the runtime
-    (solver, num_inference_steps, guidance_scale, use_karras_sigmas). outer: up layers that a cached step runs
-    (pidiff.caching); 0 writes no graph for it."""
+    (solver, num_inference_steps, guidance_scale, use_karras_sigmas). outer: up layers that a cached step runs (pidiff.caching); 0
+    writes no graph for it. report: full, short, none, or auto (report.py). secret: key to sign the bundle with."""
 
     form: Form = Form()
     fp16: bool = False
     name: str | None = None
     sampling: dict = field(default_factory=dict)
     outer: int = 1
+    report: str = "auto"
+    secret: SecretKey | None = None
 
 
 def export_bundle(source: Source, out: Path, options: ExportOptions = ExportOptions(), report: Report = lambda _: None):
     """Export `source` to the new folder `out`; returns the Manifest, parity figures included.
 
-    `report` is called with the name of every graph when it has been verified. Raises ExportError, CheckpointError or
+    `report` is called with the name of every graph when it has been verified, and before a picture is drawn. Raises ExportError, CheckpointError or
     BundleError in one sentence; whatever happens, `out` is either whole or not there.
     """
     if options.form.fused:
         custom_op_library()
     _check_disk(source, out, options.fp16)
+    options = replace(options, report=check_mode(options.report, source))
     with BundleWriter(out) as writer, torch.no_grad():
         return _Export(source, writer.path, options, report).run(writer)
 
@@ -73,6 +81,8 @@ class _Export:
         self.weights, self.sizes = WeightIndex(root), Sizes()
         self.graphs: dict[str, GraphSpec] = {}
         self.parity: dict[str, Parity] = {}
+        self.ranges: dict[str, Ranges] = {}
+        self.engines: dict[str, dict[str, dict]] = {}       # engine beside ONNX Runtime -> graph -> what was measured
         self.old = _manifest_of(source.folder)
 
     def run(self, writer: BundleWriter):
@@ -94,12 +104,24 @@ class _Export:
         self._matting()
         model = self._unet()
         self._faces()
-        return writer.commit(
-            name=self.options.name or (self.old.name if self.old else self.source.folder.resolve().name), family="sd1",
-            precision=self.precision, attention=self.options.form.attention, opset=self.options.form.opset,
-            graphs={n: self._fixed(g) for n, g in self.graphs.items()}, model=model,
-            scheduler=self.options.sampling or (self.old.scheduler if self.old else {}), sources=self._sources(),
-            licences=self._licences(), tools=_tools(), parity={n: p.to_dict() for n, p in self.parity.items()})
+        fields = {
+            "name": self.options.name or (self.old.name if self.old else self.source.name), "family": "sd1",
+            "precision": self.precision, "attention": self.options.form.attention, "opset": self.options.form.opset,
+            "graphs": {n: self._fixed(g) for n, g in self.graphs.items()}, "model": model,
+            "scheduler": self.options.sampling or (self.old.scheduler if self.old else {}), "sources": self._sources(),
+            "licences": self._licences(), "tools": _tools(), "parity": {n: p.to_dict() for n, p in self.parity.items()},
+            "float32_layers": {n: r.islands for n, r in self.ranges.items() if r.islands},
+        }
+        if self.options.report != "none":
+            self._report(writer.draft(**fields))
+        return writer.commit(self.options.secret, **fields)
+
+    def _report(self, manifest) -> None:
+        picture = None
+        if self.options.report == "full":
+            self.report("picture")
+            picture = draw(Bundle(self.root, manifest), ["onnxruntime", *self.engines])
+        write_report(self.root, manifest, self.ranges, self.engines, picture)
 
     # --- parts ---
 
@@ -110,6 +132,8 @@ class _Export:
         model = Model(None, None, vae, None, {}, None, None, {})
         self.sizes.scale_factor = model.vae_scale_factor
         cases = parts.vae_cases(model.decode_latents, model.encode_image, self.sizes, self.dtype)
+        for graph in parts.vae_graphs(vae, self.sizes, torch.float32):
+            self._measure(graph.name, graph.module, cases[graph.name].inputs)
         self._compute_in(vae, [(vae, _VAE, "")])
         written = [self._write(g, cases[g.name]) for g in parts.vae_graphs(vae, self.sizes, self.dtype)]
         del vae, model
@@ -122,6 +146,9 @@ class _Export:
         self._store(clip, "text_encoder", file, prefix)
         self.sizes.text_length, self.sizes.prompt_dim = clip.config.max_position_embeddings, clip.config.hidden_size
         case = parts.text_case(clip, self.sizes)
+        plain = parts.text_graph(clip, Form("standard"), torch.float32).module
+        plain.causal.masked_fill_(plain.causal != 0, float("-inf"))
+        self._measure("text_encoder", plain, case.inputs)
         self._compute_in(clip, [(clip, file, prefix)])
         written = [self._write(parts.text_graph(clip, self.options.form, self.dtype), case)]
         del clip
@@ -134,6 +161,7 @@ class _Export:
         c = encoder.config
         self.sizes.layers, self.sizes.style_dim, self.sizes.face_size = c.num_styles, c.style_dim, c.input_size
         case = parts.encoder_case(encoder, self.sizes, self.dtype)
+        self._measure("w_plus_encoder", encoder, case.inputs)
         self._compute_in(encoder, [(encoder, file, "")])
         written = [self._write(parts.encoder_graph(encoder, self.sizes, self.dtype), case)]
         del encoder
@@ -153,6 +181,8 @@ class _Export:
         save_config(c, self.root / "adapter" / "config.json")
         cases, widths = parts.unet_cases(unet, adapter, self.sizes, self.dtype, outer), parts.widths(unet, adapter)
         modules = [(unet, _UNET, ""), (adapter, "adapter/model.safetensors", "")]
+        with step_unet(unet, c, Form("standard")) as step:
+            self._measure("unet", step, *parts.step_runs(cases, self.source.config("scheduler"), self.sizes))
         self._index(modules)
         written = [self._write(g, cases[g.name]) for g in parts.conditioner_graphs(unet, adapter, self.sizes, self.dtype)]
         self._compute_in(unet, modules)
@@ -233,8 +263,17 @@ class _Export:
         module.to(self.dtype)
         self._index(modules)
 
+    def _measure(self, graph: str, module: nn.Module, *runs: dict[str, Tensor]) -> None:
+        """Find what a float16 graph must compute in float32; `module` is in float32, its attention plain operators."""
+        if self.options.fp16:
+            self.ranges[graph] = measure(graph, module, runs)
+
     def _write(self, graph: Graph, case: Case) -> tuple[str, Case]:
-        self.graphs[graph.name] = write_graph(graph, example_of(graph, self.sizes), self.options.form.opset, self.weights)
+        ranges = self.ranges.get(graph.name)
+        with float32_islands(graph.module, ranges):
+            self.weights.refresh()
+            self.graphs[graph.name] = write_graph(graph, example_of(graph, self.sizes), self.options.form.opset, self.weights)
+        self.weights.refresh()
         return graph.name, case
 
     def _verify(self, written: list[tuple[str, Case]]) -> None:
@@ -245,8 +284,20 @@ class _Export:
         for name, case in written:
             spec = self.graphs[name]
             self.parity[name] = verify_graph(self.root / spec.file, spec, case, self.precision, self.options.form.fused)
+            if self.options.report == "full":
+                self._other_engines(name, spec, case)
             self.report(name)
             _return_memory()
+
+    def _other_engines(self, name: str, spec: GraphSpec, case: Case) -> None:
+        """Measure a graph in the engines that are installed beside ONNX Runtime; what they cannot run is no error here."""
+        for engine in other_engines():
+            try:
+                parity, computed = measure_engine(engine, self.root / spec.file, spec, case, self.options.form.fused)
+                found = {**parity.to_dict(), "computed_in": computed}
+            except ValueError as error:
+                found = {"problem": str(error)}
+            self.engines.setdefault(engine, {})[name] = found
 
     # --- manifest ---
 
@@ -259,10 +310,13 @@ class _Export:
 
     def _sources(self) -> dict[str, str]:
         """Digests of the checkpoint; a bundle passes its own on, so that re-exports keep their origin."""
-        if self.old is not None and self.source.adapter_file is None and self.source.encoder_file is None and self.old.sources:
-            return self.old.sources
-        return {f"{part}/{file.name}": sha256_file(file) for part in ("unet", "vae", "text_encoder", "w_plus_encoder", "adapter")
-                for file in self.source.weight_files(part)}
+        s = self.source
+        loras = {f"lora/{lora.path.name} * {lora.scale:g}": sha256_file(lora.path) for lora in s.loras}
+        if self.old is not None and s.adapter_file is s.encoder_file is s.single_file is None and self.old.sources:
+            return {**self.old.sources, **loras}
+        known = functools.cache(sha256_file)         # a checkpoint in one file holds several parts
+        return {**{f"{part}/{file.name}": known(file) for part in ("unet", "vae", "text_encoder", "w_plus_encoder", "adapter")
+                   for file in s.weight_files(part)}, **loras}
 
     def _licences(self) -> dict[str, str]:
         own = sorted(f.name for f in self.root.iterdir() if f.name.startswith("LICENSE") and f.name != FACE_LICENCE)
@@ -280,8 +334,7 @@ def _check_disk(source: Source, out: Path, fp16: bool) -> None:
     need = 32 << 20
     for part in ("unet", "vae", "text_encoder", "w_plus_encoder", "adapter"):
         stored = source.stored_dtype(part)
-        size = sum(f.stat().st_size for f in source.weight_files(part))
-        need += size * (torch.float16 if fp16 else stored).itemsize // stored.itemsize
+        need += source.size(part) * (torch.float16 if fp16 else stored).itemsize // stored.itemsize
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < need:

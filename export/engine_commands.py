@@ -5,11 +5,14 @@ None of it imports torch. With MODEL and OUT the export runs in a process of its
 
 import argparse
 import subprocess
+import sys
 from pathlib import Path
 
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.engine_specs import BACKENDS
+from pidiff.runtime.engine_store import EngineStore
 from pidiff.runtime.preflight import ENGINE_GRAPHS, FALLBACK, VERDICTS, preflight
+from pidiff.runtime.signature import SIGNATURE, load_secret_key, new_key
 
 from .engines import DEFAULT_TARGETS, DEFAULT_WORKSPACE, PYTHON, EngineOptions, add_engines, parse_targets, require_backend
 from .errors import ExportError
@@ -31,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workspace", type=int, default=DEFAULT_WORKSPACE, metavar="MIB",
                        help="GPU scratch memory that a layer may use (default %(default)s MiB)")
     group.add_argument("--force", action="store_true", help="build even if memory is predicted not to suffice")
+    group.add_argument("--sign", metavar="KEY.key", type=Path, help="sign the bundle: OUT, or the one that --into names, with or "
+                       "without more engines. A change without --sign drops a signature, and says so")
+    group.add_argument("--new-key", metavar="NAME", help="in place of MODEL and OUT: make NAME.key to sign with and NAME.pub to give away")
+    group.add_argument("--require-signature", metavar="KEY.pub", type=Path,
+                       help="use a bundle (MODEL, or that of --into or --check) only if it is signed by this key")
     statuses = ", ".join(f"{status} {name}" for name, status in VERDICTS.items())
     group.add_argument("--check", metavar="BUNDLE", type=Path, help="say what the engines of a bundle will do on this machine, "
                        f"before any is loaded; exit status, of the worst graph: {statuses}")
@@ -38,25 +46,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with a usage message unless the arguments name exactly one thing to do."""
-    if args.into or args.check:
-        option = "--into" if args.into else "--check"
-        if args.model is not None or (args.into and args.check):
-            parser.error(f"{option} takes the place of MODEL, OUT and other commands")
-        if args.into and not args.engine or args.check and args.engine:
-            parser.error("--into needs --engine, and --check takes none")
+    commands = [option for option in ("--into", "--check", "--new-key") if getattr(args, option[2:].replace("-", "_"))]
+    if commands:
+        if args.model is not None or len(commands) > 1:
+            parser.error(f"{commands[0]} takes the place of MODEL, OUT and other commands")
+        work = args.engine or args.sign
+        if args.into and not work or not args.into and work:
+            parser.error("--into needs --engine or --sign, --check and --new-key take none")
     elif args.out is None:
         parser.error("the following arguments are required: MODEL, OUT (or --into BUNDLE, or --check BUNDLE)")
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Run the command; returns its exit status. Raises ExportError or BundleError."""
+    if args.new_key:
+        print(f"keep {' secret, give away '.join(map(str, new_key(args.new_key)))}")
+        return 0
     if args.check:
-        return _check(args.check, args.quiet)
+        return _check(args.check, args.quiet, args.require_signature)
+    secret = load_secret_key(args.sign) if args.sign else None
+    if not args.engine:
+        with EngineStore(args.into, args.require_signature) as store:
+            store.sign(secret)
+        return 0
     if args.attention == "fused":
         raise ExportError(f"attention must be standard with --engine {args.engine}, which takes no plug-ins, got fused")
     size = None if args.size is None else Range.parse("size", args.size, 8192)
     shapes = Shapes(Range.parse("batch", args.batch, MAX_BATCH), Range.parse("people", args.people, MAX_PEOPLE), size)
-    options = EngineOptions(args.engine, parse_targets(args.target, args.engine), shapes, args.workspace, args.force)
+    options = EngineOptions(args.engine, parse_targets(args.target, args.engine), shapes, args.workspace, args.force, secret,
+                            args.require_signature if args.into else None)
     if args.into is None:
         if (args.out / "manifest.json").is_file():
             raise ExportError(f"out must be a new or empty directory, got the bundle {args.out}: --into adds engines to it")
@@ -87,6 +105,7 @@ def _export(argv: list[str]) -> int:
 def _build(path: Path, options: EngineOptions, quiet: bool) -> int:
     from tqdm import tqdm
 
+    signed = (path / SIGNATURE).exists()
     with tqdm(total=len(ENGINE_GRAPHS), unit="engine", desc="build", leave=False, disable=quiet) as bar:
         def report(graph: str, done: float) -> None:
             bar.set_postfix_str(f"{graph} {done:.0%}")
@@ -96,6 +115,10 @@ def _build(path: Path, options: EngineOptions, quiet: bool) -> int:
             engines, peaks = add_engines(path, options, report)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{path} is whole, with the engines that are done; --into goes on from there") from None
+        finally:
+            if signed and not (path / SIGNATURE).exists():
+                bar.write(f"pidiff-export: warning: {path} has changed and is no longer signed; --into {path} --sign KEY signs it",
+                          file=sys.stderr)
     if not quiet:
         files = Bundle.open(path, verify=False).manifest.files
         print(f"{'engine':<18}{'MiB':>10}{'memory to build, MiB':>24}")
@@ -106,8 +129,8 @@ def _build(path: Path, options: EngineOptions, quiet: bool) -> int:
     return 0
 
 
-def _check(path: Path, quiet: bool) -> int:
-    bundle = Bundle.open(path)
+def _check(path: Path, quiet: bool, require_signature: Path | None) -> int:
+    bundle = Bundle.open(path, require_signature=require_signature)
     found = preflight(bundle)
     if not quiet:
         print(f"{path}: {bundle.manifest.name}, {bundle.manifest.precision}; here: {found.here}")

@@ -23,6 +23,7 @@ from pidiff.runtime.engine_specs import TARGETS, EngineFile, EngineSet, engine_p
 from pidiff.runtime.engine_store import EngineStore
 from pidiff.runtime.engines.tensorrt import MODULES, installed_version
 from pidiff.runtime.preflight import ENGINE_GRAPHS
+from pidiff.runtime.signature import SecretKey
 
 from .errors import ExportError
 from .memory import check_disk, check_memory
@@ -40,13 +41,16 @@ Report = Callable[[str, float], None]            # graph, part of its build that
 @dataclass(frozen=True)
 class EngineOptions:
     """backend: `tensorrt-rtx` or `tensorrt`. targets: GPUs to build for. shapes: what the engines take. workspace: MiB of scratch memory
-    that a layer may use on the GPU. force: build even where memory is predicted not to suffice."""
+    that a layer may use on the GPU. force: build even where memory is predicted not to suffice. secret: key to sign the bundle
+    with when it is done. require_signature: public key that it must be signed by before."""
 
     backend: str = "tensorrt-rtx"
     targets: tuple[str, ...] = DEFAULT_TARGETS
     shapes: Shapes = Shapes()
     workspace: int = DEFAULT_WORKSPACE
     force: bool = False
+    secret: SecretKey | None = None
+    require_signature: Path | None = None
 
     def __post_init__(self):
         if not 1 <= self.workspace <= 1 << 20:
@@ -98,7 +102,7 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
     built before it stays in the bundle.
     """
     version = require_backend(options.backend)
-    with EngineStore(path) as store:
+    with EngineStore(path, options.require_signature) as store:
         engines = EngineSet(options.backend, version, options.targets, {})
         jobs = [j for j in plan(Bundle(path, store.manifest), engines, options.shapes)
                 if not _is_built(store.manifest, engines, j)]
@@ -112,6 +116,8 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
                 store.add(engines, graph, job.engine)
             report(graph, 1.0)
         store.drop_older(engines)
+        if options.secret is not None:
+            store.sign(options.secret)
         return store.manifest.engines[engines.id], peaks
 
 

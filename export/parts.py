@@ -120,8 +120,9 @@ def vae_cases(decode, encode, sizes: Sizes, dtype: torch.dtype) -> dict[str, Cas
     """decode, encode: `Model.decode_latents` and `Model.encode_image`."""
     latents = torch.randn(3, sizes.channels, *sizes.latent_size).to(dtype)
     image = smooth(3, *sizes.image_size).to(dtype)
+    sizes.samples["image_latents"] = encode(image.float())
     return {"vae_decoder": Case({"latents": latents}, (decode(latents.float()),)),
-            "vae_encoder": Case({"image": image}, (encode(image.float()),))}
+            "vae_encoder": Case({"image": image}, (sizes.samples["image_latents"],))}
 
 
 # --- UNet and its conditioners --------------------------------------------------------------------------------------
@@ -182,6 +183,19 @@ def unet_cases(unet: nn.Module, adapter: IdentityAdapter, sizes: Sizes, dtype: t
         "unet": Case(inputs, whole),
         **({"unet_cached": Case({**inputs, "deep_features": deep}, cached)} if outer else {}),
     }
+
+
+def step_runs(cases: dict[str, Case], scheduler: dict, sizes: Sizes) -> list[dict[str, Tensor]]:
+    """Inputs of the UNet at every one of TIMESTEPS, each with as much noise on encoded pictures as belongs to it."""
+    from pidiff.sampling import make_scheduler
+
+    inputs, table = cases["unet"].inputs, cases["time_conditioner"].expected[0]
+    alphas, runs = make_scheduler(scheduler, "ddim", 10).alphas_cumprod, []
+    for t, row in zip(TIMESTEPS, table):
+        alpha = alphas[min(int(t), len(alphas) - 1)]
+        latents = alpha.sqrt() * sizes.samples["image_latents"] + (1 - alpha).sqrt() * inputs["latents"].float()
+        runs.append({**inputs, "latents": latents, "time_row": row[None]})
+    return runs
 
 
 def _unfolded(unet, adapter, inputs: dict[str, Tensor], embeds: Tensor, w_plus: Tensor, levels: Tensor, outer: int):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from pidiff.identity import IdentityAdapter
 from pidiff.unet import attach
 from pidiff.w_plus_encoder import WPlusEncoder
 
+from .lora import Lora, check, fuse
+from .single_file import PREFIXES, SingleFile
 from .weights import ExportError, source_dtype
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -23,11 +26,17 @@ _IGNORED_KEYS = ("position_ids",)      # buffers that older transformers stored
 
 @dataclass(frozen=True)
 class Source:
-    """A folder in diffusers' layout plus w_plus_encoder/ and adapter/, or published files in place of these two."""
+    """A folder in diffusers' layout plus w_plus_encoder/ and adapter/, or published files in place of these two.
+
+    single_file: a checkpoint with the weights of UNet, VAE and text encoder, which the folder then need not have. loras: are
+    fused into UNet and text encoder.
+    """
 
     folder: Path
     adapter_file: Path | None = None
     encoder_file: Path | None = None
+    single_file: Path | None = None
+    loras: tuple[Lora, ...] = ()
 
     def __post_init__(self):
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -39,6 +48,17 @@ class Source:
                 raise ExportError(f"model must have {part}/ or be given {option} FILE, got neither in {self.folder}")
             if file is not None and not file.is_file():
                 raise ExportError(f"{option} must be an existing file, got {file}")
+        if self.single_file is not None:
+            self.checkpoint.check_prediction(self.config("scheduler"))
+        check(self.loras)
+
+    @cached_property
+    def checkpoint(self) -> SingleFile | None:
+        return None if self.single_file is None else SingleFile(self.single_file)
+
+    @property
+    def name(self) -> str:
+        return self.single_file.stem if self.single_file else self.folder.resolve().name
 
     def config(self, part: str) -> dict:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -55,6 +75,8 @@ class Source:
         """The weights of a part: the full-precision safetensors (or .bin) files, all shards of them."""
         if self._given(part):
             return [self._given(part)]
+        if self._in_single_file(part):
+            return [self.single_file]
         folder = self.folder / part
         stems = ("model", "diffusion_pytorch_model", "pytorch_model")
         for suffix in (".safetensors", ".bin"):
@@ -65,8 +87,19 @@ class Source:
 
     def stored_dtype(self, part: str) -> torch.dtype:
         """dtype in which the checkpoint stores a part; published files in its place count as float32."""
+        if self._in_single_file(part):
+            return self.checkpoint.dtype(part)
         files = self.weight_files(part)
         return torch.float32 if self._given(part) else _named(part, lambda: source_dtype(files))
+
+    def size(self, part: str) -> int:
+        """Bytes of a part's weights."""
+        if self._in_single_file(part):
+            return self.checkpoint.size(part)
+        return sum(f.stat().st_size for f in self.weight_files(part))
+
+    def _in_single_file(self, part: str) -> bool:
+        return self.single_file is not None and part in PREFIXES
 
     def _given(self, part: str) -> Path | None:
         return {"adapter": self.adapter_file, "w_plus_encoder": self.encoder_file}.get(part)
@@ -79,8 +112,12 @@ class Source:
                                                         ignore_mismatched_sizes=True)     # named by _complete
             return _complete(model, info, "text_encoder")
 
-        self.weight_files("text_encoder")
-        return _named("text_encoder", load).float().eval()
+        if self._in_single_file("text_encoder"):
+            model = _named("text_encoder", lambda: self.checkpoint.load("text_encoder", self.config("text_encoder")))
+        else:
+            self.weight_files("text_encoder")
+            model = _named("text_encoder", load).float().eval()
+        return fuse(model, self.loras, "text_encoder")
 
     def vae(self) -> nn.Module:
         config = self.config("vae")
@@ -98,7 +135,7 @@ class Source:
         """UNet with the adapter attached."""
         from diffusers import UNet2DConditionModel
 
-        unet = self._diffusers(UNet2DConditionModel, "unet")
+        unet = fuse(self._diffusers(UNet2DConditionModel, "unet"), self.loras, "unet")
         if self.adapter_file is not None:
             config = AdapterConfig(mode="residual", token_dim=unet.config.cross_attention_dim)
             return unet, load_wplus_adapter(self.adapter_file, attach(unet, config)).eval()
@@ -127,6 +164,8 @@ class Source:
             model, info = cls.from_pretrained(self.folder / part, local_files_only=True, output_loading_info=True)
             return _complete(model, info, part)
 
+        if self._in_single_file(part):
+            return _named(part, lambda: self.checkpoint.load(part, self.config(part)))
         self.weight_files(part)
         return _named(part, load).float().eval()
 

@@ -1,10 +1,11 @@
-"""Parity: every graph in ONNX Runtime against the PyTorch model, on the same inputs.
+"""Parity: every graph in ONNX Runtime, and in other engines that are here, against the PyTorch model, on the same inputs.
 
 The reference is the model as it was trained: float32, unfolded identity branch, timestep and text inside the UNet. So
 these numbers include folding, the tables outside the step loop, the custom nodes and the number format.
 """
 
 import gc
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pidiff.runtime.bundle import GraphSpec
+from pidiff.runtime.engines import ENGINES, load_engine
+from pidiff.runtime.pipeline import HOT_GRAPHS
 
 from .weights import ExportError
 
@@ -81,21 +84,46 @@ def run_graph(path: Path, spec: GraphSpec, inputs: dict[str, Tensor], fused: boo
 
 def verify_graph(path: Path, spec: GraphSpec, case: Case, precision: str, fused: bool) -> Parity:
     """Run, compare, and raise ExportError where an output is not finite or off by more than `BOUNDS[precision]`."""
-    outputs = run_graph(path, spec, case.inputs, fused)
+    parity = _compare(path.stem, spec, run_graph(path, spec, case.inputs, fused), case, precision)
+    if parity.max_rel > BOUNDS[precision]:
+        raise ExportError(f"graph {path.stem} must agree with PyTorch to {BOUNDS[precision]:g} of the largest value, "
+                          f"got {parity.max_rel:.3g}")
+    return parity
+
+
+def other_engines() -> list[str]:
+    """The runtime's engines beside ONNX Runtime that work on this machine."""
+    return [n for n, (_, _, vendor, _) in ENGINES.items()
+            if n != "onnxruntime" and importlib.util.find_spec(vendor) and load_engine(n).problem() is None]
+
+
+def measure_engine(engine: str, path: Path, spec: GraphSpec, case: Case, fused: bool) -> tuple[Parity, str]:
+    """Parity of a graph in one of the runtime's engines, loaded as `Pipeline` loads it, and the number format it computed in.
+
+    Raises PidiffError or ExportError where it cannot run there; nothing is wrong with the bundle then.
+    """
+    precision = "auto" if path.stem in HOT_GRAPHS else "full"
+    cls = load_engine(engine)
+    loaded = cls(path, spec, threads=_THREADS, fused=fused, static=path.stem in HOT_GRAPHS, precision=precision)
+    inputs = {t.name: np.ascontiguousarray(case.inputs[t.name].numpy()) for t in spec.inputs}
+    outputs = {t.name: np.zeros(tuple(e.shape), t.dtype) for t, e in zip(spec.outputs, case.expected, strict=True)}
+    loaded.bind({**inputs, **outputs})
+    loaded.run()
+    return _compare(path.stem, spec, list(outputs.values()), case, ""), cls.computes_in(precision)
+
+
+def _compare(graph: str, spec: GraphSpec, outputs: list[np.ndarray], case: Case, precision: str) -> Parity:
     worst = mean = relative = 0.0
     for tensor, output, expected in zip(spec.outputs, outputs, case.expected, strict=True):
         reference = expected.numpy()
         if not np.isfinite(output).all():
             overflow = ", an overflow in float16: export without --fp16" if precision == "fp16" else ""
-            raise ExportError(f"graph {path.stem} must give finite numbers, got NaN or infinity in {tensor.name}{overflow}")
+            raise ExportError(f"graph {graph} must give finite numbers, got NaN or infinity in {tensor.name}{overflow}")
         if output.shape != reference.shape:
-            raise ExportError(f"graph {path.stem} {tensor.name} must have shape {reference.shape}, got {output.shape}")
+            raise ExportError(f"graph {graph} {tensor.name} must have shape {reference.shape}, got {output.shape}")
         error = np.abs(output.astype(np.float64) - reference)
         worst, mean = max(worst, float(error.max())), max(mean, float(error.mean()))
         relative = max(relative, float(error.max() / max(np.abs(reference).max(), 1e-6)))
-    if relative > BOUNDS[precision]:
-        raise ExportError(f"graph {path.stem} must agree with PyTorch to {BOUNDS[precision]:g} of the largest value, "
-                          f"got {relative:.3g}")
     return Parity(worst, mean, relative)
 
 

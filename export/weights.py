@@ -109,17 +109,27 @@ class WeightIndex:
         self.root = root
         self._found: dict[int, StoredTensor] = {}
         self._alive: list[Tensor] = []       # ids are only good while their objects live
+        self._added: list[tuple[nn.Module, str, str]] = []
 
     def add(self, module: nn.Module, file: str, prefix: str = "") -> None:
         """Register a module whose state dict lies in `file` under the same keys after `prefix`."""
+        self._added.append((module, file, prefix))
         stored = stored_tensors(self.root, file)
         for key, tensor in module.state_dict(keep_vars=True).items():
             self._found[id(tensor)] = stored[prefix + key]
             self._alive.append(tensor)
 
+    def refresh(self) -> None:
+        """Find the tensors of the same modules again: a change of dtype makes new objects of buffers."""
+        added = list(self._added)
+        self.clear()
+        for item in added:
+            self.add(*item)
+
     def clear(self) -> None:
         self._found.clear()
         self._alive.clear()
+        self._added.clear()
 
     def names(self, module: nn.Module) -> dict[str, StoredTensor]:
         """Stored tensors by the names that `module` (a graph's wrapper) has for them."""

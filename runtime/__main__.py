@@ -80,6 +80,7 @@ def _common(parser):
     from .engines import AUTO, ENGINES
 
     parser.add_argument("--bundle", metavar="DIR", help="bundle made by pidiff-export (default: the shipped mini)")
+    parser.add_argument("--require-signature", metavar="KEY.pub", help="use the bundle only if it is signed by this key")
     parser.add_argument("--engine", default=AUTO, metavar="NAME",
                         help=f"one of {', '.join(ENGINES)}, or auto (default): engines in the bundle that run on the GPU here; "
                              "openvino where it is installed, on x86-64 processors, for bundles of 512 MiB and more; else "
@@ -147,7 +148,7 @@ def _open(args, device="cpu", precision="auto"):
 
     begun = time.perf_counter()
     pipeline = Pipeline.from_bundle(args.bundle, args.engine, device, args.threads, precision=precision,
-                                    keep=False, max_memory=args.max_memory)
+                                    keep=False, max_memory=args.max_memory, require_signature=args.require_signature)
     return pipeline, {"open": time.perf_counter() - begun}
 
 

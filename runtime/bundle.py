@@ -1,6 +1,7 @@
 """Bundles: a directory with everything that one model needs at run time. This module owns the format.
 
     BUNDLE/manifest.json            schema version, graphs, sizes, sha256 and size of every other file (manifest.py)
+           manifest.sig             optional signature of manifest.json (signature.py)
            unet.onnx, ...           graphs without weights; external data points into weights/
            weights/*.safetensors    the weights under their PyTorch names, stored once
            tokenizer/, config/      text files of the tokenizer and the PyTorch configurations
@@ -23,12 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .engine_specs import ENGINE_FOLDER
-from .errors import BundleError
+from .errors import BundleError, require
 from .files import reason, umask
 from .manifest import (
     MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, SCHEMA_VERSION, FileSpec, GraphSpec, IdentitySpec, Manifest, ModelSpec,
     TensorSpec, UNetSpec, check_path,
 )
+from .signature import SIGNATURE, check_signature, load_public_key, sign
 from .strict import parse_json, to_plain
 
 __all__ = ["Bundle", "BundleError", "BundleWriter", "FileSpec", "GraphSpec", "IdentitySpec", "Manifest", "ModelSpec",
@@ -54,15 +56,21 @@ class Bundle:
         self.path, self.manifest = path, manifest
 
     @classmethod
-    def open(cls, path=None, verify=True):
+    def open(cls, path=None, verify=True, require_signature=None):
         """Open the bundle at `path` (None: the shipped `mini`) and check it.
 
         `verify=False` skips the hashes, not the comparison of names and sizes: for a caller that has just hashed the
-        same bundle. Raises BundleError in one sentence for anything wrong.
+        same bundle. `require_signature`: a public key, as a .pub file or its second line; the bundle's signature is then
+        checked before anything of it is parsed. Raises BundleError in one sentence for anything wrong.
         """
         path = shipped_bundle() if path is None else Path(path)
+        key = None if require_signature is None else load_public_key(require_signature)
+        require(verify or key is None, "verify", "be True with require_signature", "False", BundleError)
         try:
-            manifest = Manifest.from_json(_read_limited(path / MANIFEST, MAX_MANIFEST_BYTES))
+            text = _read_limited(path / MANIFEST, MAX_MANIFEST_BYTES)
+            if key is not None:
+                check_signature(text, path / SIGNATURE, key)
+            manifest = Manifest.from_json(text)
             _check_tree(path, manifest.files)
             if verify:
                 _check_hashes(path, manifest.files)
@@ -159,7 +167,7 @@ class BundleWriter:
 
     def __init__(self, out):
         self.out = Path(os.path.abspath(out))
-        self.path = None
+        self.path, self._hashed = None, {}
 
     def __enter__(self):
         out = self.out
@@ -179,25 +187,36 @@ class BundleWriter:
         if error is not None and is_disk_full(error):
             raise BundleError(f"out must be on a disk with enough room, got a full disk writing {self.out}") from error
 
-    def commit(self, **fields):
-        """Hash all files, write the manifest, flush everything and rename the directory to `out`.
+    def draft(self, **fields):
+        """Hash all files and return the Manifest that `commit` would write now, for a look at the bundle before that.
 
-        `fields` are the manifest's but `files` and `schema_version`, as dataclasses or plain JSON values. Returns the
-        Manifest. The fields are checked by the reader's own parser.
+        `fields` are the manifest's but `files` and `schema_version`, as dataclasses or plain JSON values, checked by the
+        reader's own parser. A file that is the same at the next call is not hashed again.
         """
         files = {}
         for relative in sorted(_list_files(self.path)):
             check_path(relative)
-            path = self.path / relative
-            files[relative] = {"sha256": sha256_file(path), "size": path.stat().st_size}
-            _fsync(path)
-        draft = {"scheduler": {}, "sources": {}, "licences": {}, "tools": {}, "parity": {}, "engines": {}, **fields}
-        manifest = Manifest.from_dict(to_plain({**draft, "files": files, "schema_version": SCHEMA_VERSION}))
+            path, found = self.path / relative, os.stat(self.path / relative)
+            key = (relative, found.st_mtime_ns, found.st_size, found.st_ino)
+            if key not in self._hashed:
+                self._hashed[key] = {"sha256": sha256_file(path), "size": found.st_size}
+                _fsync(path)
+            files[relative] = self._hashed[key]
+        empty = ("scheduler", "sources", "licences", "tools", "parity", "float32_layers", "engines")
+        return Manifest.from_dict(to_plain({**{k: {} for k in empty}, **fields, "files": files, "schema_version": SCHEMA_VERSION}))
+
+    def commit(self, secret=None, **fields):
+        """Write the manifest of `draft`, signed with the SecretKey `secret` if there is one, flush everything and rename the
+        directory to `out`. Returns the Manifest."""
+        manifest = self.draft(**fields)
         target = self.path / MANIFEST
         target.write_text(json.dumps(manifest.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if target.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"manifest.json must be at most {MAX_MANIFEST_BYTES} bytes, got {target.stat().st_size}")
         _fsync(target)
+        if secret is not None:
+            (self.path / SIGNATURE).write_bytes(sign(target.read_bytes(), secret, signed_comment(manifest)))
+            _fsync(self.path / SIGNATURE)
         os.chmod(self.path, 0o777 & ~umask())  # mkdtemp makes private directories
         try:
             os.rename(self.path, self.out)
@@ -208,6 +227,11 @@ class BundleWriter:
         self.path = None
         _fsync(self.out.parent)
         return manifest
+
+
+def signed_comment(manifest):
+    """Return the line that is signed beside a manifest; names in it are plain ASCII."""
+    return f"PIDiff bundle {manifest.name.encode('ascii', 'replace').decode()!r} file:{MANIFEST}"
 
 
 def sha256_file(path):
@@ -263,7 +287,7 @@ def _check_tree(root, files):
     Under engines/ a file may be there that is not listed: one that is being built, or whose build was killed. Nothing
     hands it out, and the next build removes it.
     """
-    found = set(_list_files(root)) - {MANIFEST}
+    found = set(_list_files(root)) - {MANIFEST, SIGNATURE}
     for relative in sorted(set(files) - found):
         raise BundleError(f"{relative} must be present, got a bundle without it")
     for relative in sorted(found - set(files)):

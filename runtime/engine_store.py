@@ -2,7 +2,7 @@
 
 An engine becomes visible in three steps, each of them atomic: the manifest forgets the old one, the new file takes its
 place, the manifest lists it. A process that is killed between them leaves a whole bundle with an unlisted file under
-engines/, which nothing hands out and the next `EngineStore` removes.
+engines/, which nothing hands out and the next `EngineStore` removes. A signature is removed before the manifest changes.
 """
 
 import fcntl
@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from .bundle import Bundle, is_disk_full, sha256_file
+from .bundle import Bundle, is_disk_full, sha256_file, signed_comment
 from .engine_specs import ENGINE_FOLDER, EngineSet, engine_path
 from .errors import BundleError
 from .files import reason
 from .manifest import MANIFEST, FileSpec, Manifest
+from .signature import SIGNATURE, sign
 
 
 class EngineStore:
@@ -26,14 +27,17 @@ class EngineStore:
             build(store.part(engines, "unet"))
             store.add(engines, "unet", engine)
 
-    Attributes: path, manifest (the newest). Opening verifies the whole bundle. Raises BundleError in one sentence.
+    Attributes: path, manifest (the newest), lost_signature (whether the bundle was signed and now is not). Opening verifies
+    the whole bundle, and its signature where `require_signature` gives a public key. Raises BundleError in one sentence.
     """
 
-    def __init__(self, path):
-        self.path, self.manifest, self._lock = Path(path), None, None
+    def __init__(self, path, require_signature=None):
+        self.path, self.manifest, self.lost_signature = Path(path), None, False
+        self._lock, self._require_signature = None, require_signature
 
     def __enter__(self):
-        Bundle.open(self.path, verify=False)         # a bundle at all?
+        if not (self.path / MANIFEST).is_file():
+            Bundle.open(self.path)                   # says what it is instead
         if not os.access(self.path, os.W_OK):
             raise BundleError(f"bundle must be a folder that can be written to, got {self.path}")
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -43,7 +47,7 @@ class EngineStore:
             os.close(self._lock)
             raise BundleError(f"bundle must not be in use by another export, got {self.path}: {reason(e)}") from e
         try:
-            self.manifest = Bundle.open(self.path).manifest
+            self.manifest = Bundle.open(self.path, require_signature=self._require_signature).manifest
         except BaseException:
             os.close(self._lock)
             raise
@@ -81,6 +85,14 @@ class EngineStore:
             self._write(dict.fromkeys(old))
             self._sweep()
 
+    def sign(self, secret):
+        """Sign the bundle as it is now with a SecretKey."""
+        text = (self.path / MANIFEST).read_bytes()
+        if Manifest.from_json(text) != self.manifest:
+            raise BundleError(f"bundle must not change while it is signed, got another manifest.json in {self.path}")
+        self._replace(SIGNATURE, sign(text, secret, signed_comment(self.manifest)))
+        self.lost_signature = False
+
     def _write(self, engines, files=()):
         """Replace sets (None: drop) in the manifest, checked by the reader's own parser, and its file list with them."""
         sets = {k: v for k, v in {**self.manifest.engines, **engines}.items() if v is not None}
@@ -88,15 +100,22 @@ class EngineStore:
         listed = {e.file for s in sets.values() for e in s.graphs.values()}
         kept = {p: f for p, f in known.items() if not p.startswith(f"{ENGINE_FOLDER}/") or p in listed}
         manifest = Manifest.from_dict(replace(self.manifest, engines=sets, files=kept).to_dict())
-        # Not through a temporary file beside manifest.json: a kill would leave it there, and the bundle unusable.
-        part = self.path / ENGINE_FOLDER / f"{MANIFEST}.part"
+        with suppress(FileNotFoundError):
+            os.unlink(self.path / SIGNATURE)
+            self.lost_signature = True
+        self._replace(MANIFEST, (json.dumps(manifest.to_dict(), indent=1, allow_nan=False) + "\n").encode())
+        self.manifest = manifest
+
+    def _replace(self, name, data):
+        """Replace a file of the bundle's root. Not through a temporary file beside it: a kill would leave that there, and the
+        bundle unusable."""
+        part = self.path / ENGINE_FOLDER / f"{name}.part"
         part.parent.mkdir(exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest.to_dict(), indent=1, allow_nan=False) + "\n")
+        with open(part, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, self.path / MANIFEST)
-        self.manifest = manifest
+        os.replace(part, self.path / name)
 
     def _sweep(self):
         """Remove files under engines/ that the manifest does not list, then empty folders."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from .engine_specs import parse_engines
 from .errors import BundleError
+from .signature import SIGNATURE
 from .strict import PART, SHA256, Reader, parse_json, short, to_plain
 
-SCHEMA_VERSION = 2          # 2 added `engines`; 1 is read and means that there are none
+SCHEMA_VERSION = 3          # 2 added `engines`, 3 `float32_layers`; older ones are read and mean that there are none
+_SINCE = {"engines": 2, "float32_layers": 3}
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 4096
@@ -113,7 +115,8 @@ class Manifest:
     files: relative path -> FileSpec, every file but the manifest. scheduler: how to sample when the caller does not say
     (optional keys `solver`, `num_inference_steps`, `guidance_scale`, `use_karras_sigmas`); the noise schedule itself is
     schedule.json. sources: checkpoint file -> sha256. parity: graph -> {max_abs, mean_abs, max_rel} against PyTorch.
-    engines: set name -> EngineSet (engine_specs.py). An older manifest is upgraded when it is read.
+    float32_layers: graph -> {module: why it is computed in float32 inside a float16 graph}. engines: set name -> EngineSet
+    (engine_specs.py). An older manifest is upgraded when it is read.
     """
 
     name: str
@@ -129,6 +132,7 @@ class Manifest:
     licences: dict = field(default_factory=dict)
     tools: dict = field(default_factory=dict)
     parity: dict = field(default_factory=dict)
+    float32_layers: dict = field(default_factory=dict)
     engines: dict = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -137,7 +141,7 @@ class Manifest:
         """Check a parsed JSON object completely and build the manifest from it."""
         version = _version(data)
         at = Reader("manifest.json", data)
-        at.keys([k for k in cls.__dataclass_fields__ if version > 1 or k != "engines"])
+        at.keys([k for k in cls.__dataclass_fields__ if version >= _SINCE.get(k, 1)])
         files = {_path("files", p): _file(p, spec) for p, spec in at.mapping("files").items()}
         if len(files) > MAX_FILES or len({p.lower() for p in files}) != len(files):
             raise BundleError(f"files must be at most {MAX_FILES} different paths, got {len(files)}")
@@ -151,6 +155,7 @@ class Manifest:
             licences=_texts("licences", at.mapping("licences")), tools=_texts("tools", at.mapping("tools")),
             parity={k: Reader(f"parity.{k}", v).numbers("max_abs", "mean_abs", "max_rel")
                     for k, v in at.mapping("parity").items()},
+            float32_layers=_layers(at.mapping("float32_layers"), graphs) if version > 2 else {},
         )
         for graph in REQUIRED_GRAPHS:
             if graph not in manifest.graphs:
@@ -265,6 +270,13 @@ def _texts(where, data, pattern=None):
     return dict(data)
 
 
+def _layers(data, graphs):
+    for graph, layers in data.items():
+        if graph not in graphs or not isinstance(layers, dict):
+            raise BundleError(f"float32_layers must hold a JSON object for graphs of the bundle, got {short(graph)}")
+    return {graph: _texts(f"float32_layers.{graph}", layers) for graph, layers in data.items()}
+
+
 def _file(path, data):
     at = Reader(f"files {path!r}", data)
     at.keys(FileSpec.__dataclass_fields__)
@@ -273,6 +285,6 @@ def _file(path, data):
 
 def _path(where, path):
     ok = isinstance(path, str) and len(path) <= 512 and all(PART.fullmatch(part) for part in path.split("/"))
-    if not ok or path.lower() == MANIFEST:
+    if not ok or path.lower() in (MANIFEST, SIGNATURE):
         raise BundleError(f"{where} must be plain relative paths inside the bundle, got {short(path)}")
     return path

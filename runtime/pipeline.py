@@ -65,13 +65,14 @@ class Pipeline:
 
     @classmethod
     def from_bundle(cls, path=None, engine=AUTO, device="cpu", threads=None, verify=True, precision="auto", keep=None,
-                    max_memory=None):
+                    max_memory=None, require_signature=None):
         """Open a bundle (None: the shipped `mini`) for an engine and a device.
 
         engine: "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt" (graphs that have such an engine in the bundle; the
         others run on ONNX Runtime), or "auto": the bundle's engines where they run on the GPU that is here; OpenVINO where
         it is installed, on x86-64 processors, for bundles of 512 MiB and more; else ONNX Runtime. device: of what runs on
         ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes, but those of engines.
+        require_signature: a public key (.pub file or its second line) that the bundle must be signed by.
         precision: "full" computes in no fewer bits than the bundle was exported in; "auto" lets OpenVINO run UNet and VAE
         decoder in bfloat16 where the processor has it, which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
@@ -79,7 +80,7 @@ class Pipeline:
         pictures than fit are made one batch after another, and work that is predicted not to fit is refused.
         Raises BundleError, EngineError.
         """
-        return cls(Bundle.open(path, verify), engine, device, threads, precision, keep, max_memory)
+        return cls(Bundle.open(path, verify, require_signature), engine, device, threads, precision, keep, max_memory)
 
     @property
     def directions(self):

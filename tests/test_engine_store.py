@@ -40,20 +40,23 @@ def engine_files(path):
 def test_a_bundle_of_version_1_loads_and_is_upgraded_by_adding_an_engine(plain, tmp_path):
     def to_version_1(m):
         m["schema_version"] = 1
-        del m["engines"]
+        del m["engines"], m["float32_layers"]
 
     path = edit(Path(shutil.copytree(plain, tmp_path / "b")), to_version_1)
     manifest = Bundle.open(path).manifest
-    assert manifest.engines == {} and manifest.schema_version == 2
+    assert manifest.engines == {} and manifest.schema_version == 3 and manifest.float32_layers == {}
     assert Manifest.from_dict(manifest.to_dict()) == manifest
     add(path, unet=b"x")
-    assert json.loads((path / "manifest.json").read_text())["schema_version"] == 2
+    assert json.loads((path / "manifest.json").read_text())["schema_version"] == 3
     assert list(Bundle.open(path).manifest.engines) == [NAME]
 
 
 def test_version_1_knows_no_engines_and_version_2_needs_them(bundle):
-    edit(bundle, lambda m: m.update(schema_version=1))
+    edit(bundle, lambda m: (m.update(schema_version=1), m.pop("float32_layers")))
     with pytest.raises(BundleError, match="must not have unknown keys, got 'engines'"):
+        Bundle.open(bundle)
+    edit(bundle, lambda m: m.update(schema_version=3))
+    with pytest.raises(BundleError, match="must have the key 'float32_layers'"):
         Bundle.open(bundle)
     edit(bundle, lambda m: (m.update(schema_version=2), m.pop("engines")))
     with pytest.raises(BundleError, match="must have the key 'engines'"):

@@ -365,4 +365,4 @@ def test_real_engines_of_mini_from_one_command(rtx, tmp_path):
         assert bundle.manifest.files[engine.file].size > weights[graph], "an engine holds its weights"
         assert peaks[graph] < memory.needed_memory(weights[graph]), graph
     assert built["unet"].profiles[0]["latents"] == ((2, 64, 8, 8),) * 3
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 3

@@ -58,7 +58,7 @@ def with_nan(value):
 
 
 def test_missing_model(capsys, tmp_path):
-    assert "MODEL must be mini or an existing folder, got" in refused(capsys, tmp_path / "none", tmp_path / "out")
+    assert "MODEL must be mini, an existing folder or a .safetensors file, got" in refused(capsys, tmp_path / "none", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     assert "a folder with unet/, vae/" in refused(capsys, tmp_path / "empty", tmp_path / "out")
 
@@ -129,10 +129,10 @@ def test_nan_weights_are_refused_by_name(capsys, model, tmp_path, part, key, no_
     assert key in said and "NaN or infinity" in said
 
 
-def test_overflow_in_half_precision_names_the_graph(capsys, model, tmp_path):
+def test_overflow_in_half_precision_names_graph_and_layer(capsys, model, tmp_path):
     damage(model / VAE, "patch_out.weight", lambda v: v.sign() * 60000)
     said = refused(capsys, model, tmp_path / "out", "--fp16")
-    assert "graph vae_decoder must give finite numbers, got NaN or infinity in image, an overflow in float16" in said
+    assert "graph vae_decoder must take and give numbers that float16 holds, got " in said and " in vae.patch_out: export" in said
 
 
 def test_adapter_of_another_model(capsys, model, tmp_path, no_graphs):

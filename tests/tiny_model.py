@@ -96,12 +96,12 @@ def shared(name: str, factory) -> Path:
         elif name == "fp16":
             text = io.StringIO()
             with contextlib.redirect_stdout(text):
-                assert main([str(shared("fused", factory)), str(out), "--fp16", "--steps", "7", "--name", "again"]) == 0
+                assert main([str(shared("fused", factory)), str(out), "--fp16", "--steps", "7", "--name", "again", "--report", "none"]) == 0
             printed[name] = text.getvalue()
         else:
             mode = "parallel" if name == "fused" else "residual"
             form = Form() if name == "fused" else Form("standard", 23)
-            export_bundle(Source(shared(mode, factory)), out, ExportOptions(form))
+            export_bundle(Source(shared(mode, factory)), out, ExportOptions(form, report="short"))
         _made[name] = out
     return _made[name]
 

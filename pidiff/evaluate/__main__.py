@@ -23,6 +23,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--bundle", type=Path, help="bundle folder (default: the shipped mini)")
     source.add_argument("--checkpoint", type=Path, help="model folder, run in PyTorch")
+    parser.add_argument("--require-signature", metavar="KEY.pub", type=Path, help="use the bundle only if it is signed by this key")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--embedder", type=Path, required=True)
     parser.add_argument("--people", type=int, default=50)
@@ -49,7 +50,7 @@ def make_generator(args, tools):
 
     from .generators import BundleGenerator, CheckpointGenerator
     if args.checkpoint is None:
-        return BundleGenerator(args.bundle, args.engine, args.steps, args.guidance_scale)
+        return BundleGenerator(args.bundle, args.engine, args.steps, args.guidance_scale, args.require_signature)
     return CheckpointGenerator(args.checkpoint, args.steps, args.guidance_scale, lambda size: FaceReader(tools.pipeline._graph, size))
 
 

@@ -11,8 +11,9 @@ LEVELS = ("coarse", "middle", "fine", "finest")
 
 
 class BundleGenerator:
-    def __init__(self, folder: Path | None, engine: str, steps: int | None, guidance_scale: float | None):
-        self.pipeline = Pipeline.from_bundle(folder, engine=engine)
+    def __init__(self, folder: Path | None, engine: str, steps: int | None, guidance_scale: float | None,
+                 require_signature: Path | None = None):
+        self.pipeline = Pipeline.from_bundle(folder, engine=engine, require_signature=require_signature)
         self.name = f"bundle {self.pipeline.bundle.manifest.precision} on {self.pipeline.engine}"
         self._options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
 

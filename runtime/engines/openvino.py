@@ -44,6 +44,11 @@ class OpenVinoEngine:
         except Exception as e:  # a broken installation raises whatever it likes
             return _sentence(e)
 
+    @staticmethod
+    def computes_in(precision):
+        """Return the number format that UNet and VAE decoder are computed in here: "bfloat16" or "float32"."""
+        return "bfloat16" if _config(None, precision)["INFERENCE_PRECISION_HINT"] == "bf16" else "float32"
+
     def inputs(self):
         return self._spec.inputs
 
