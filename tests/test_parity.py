@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 from tiny_model import shared
 
 from pidiff import _C
+from pidiff.caching import keep_deep_features
 from pidiff.model import load_model
 from pidiff.runtime import Identity, Pipeline
 from pidiff.runtime.engines import call
@@ -140,9 +141,9 @@ def unet_call(pair, dtype=torch.float32):
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         tokens = model.adapter.mapper(codes.flatten(0, 1)).unflatten(0, (3, 2))
         with model.adapter.condition(tokens, torch.from_numpy(scale), torch.tensor(levels).expand(3, 2, 4),
-                                     torch.from_numpy(mask), keep_maps=True) as seen:
+                                     torch.from_numpy(mask), keep_maps=True) as seen, keep_deep_features(model.unet, 1) as kept:
             expected = model.unet(torch.from_numpy(latents), torch.tensor(411.5), encode_prompts(model, [PROMPT] * 3)).sample
-    expected = {"model_output": expected.float().numpy()}
+    expected = {"model_output": expected.float().numpy(), "deep_features": kept[0].float().numpy()}
     if model.adapter.config.mode == "parallel":
         expected["identity_map"] = mean_map(seen.maps, (h, w)).float().numpy()
     return {k: v.astype(np.float32) for k, v in outputs.items()}, expected
