@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pidiff.runtime.bundle import GraphSpec
+from pidiff.runtime.engine_specs import BACKENDS
 from pidiff.runtime.engines import ENGINES, load_engine
 from pidiff.runtime.pipeline import HOT_GRAPHS
 
@@ -92,9 +93,9 @@ def verify_graph(path: Path, spec: GraphSpec, case: Case, precision: str, fused:
 
 
 def other_engines() -> list[str]:
-    """The runtime's engines beside ONNX Runtime that work on this machine."""
+    """The runtime's engines beside ONNX Runtime that run a graph as it is and work on this machine."""
     return [n for n, (_, _, vendor, _) in ENGINES.items()
-            if n != "onnxruntime" and importlib.util.find_spec(vendor) and load_engine(n).problem() is None]
+            if n not in ("onnxruntime", *BACKENDS) and importlib.util.find_spec(vendor) and load_engine(n).problem() is None]
 
 
 def measure_engine(engine: str, path: Path, spec: GraphSpec, case: Case, fused: bool) -> tuple[Parity, str]:

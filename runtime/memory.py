@@ -23,7 +23,7 @@ STAGES = {
     "denoise": ("unet", "unet_cached"), "decode": ("vae_decoder",),
 }
 STAGE_OF = {graph: stage for stage, graphs in STAGES.items() for graph in graphs}
-LIBRARIES = 70 * MIB        # what OpenCV, ONNX Runtime and the tokenizer add to a process when they are first used
+LIBRARIES = 80 * MIB        # what OpenCV, ONNX Runtime and the tokenizer add to a process when they are first used
 PER_GRAPH = 12 * MIB
 PACKED = 2.5                # bytes at the peak of loading per byte of float32 weights
 COPIES = 3
@@ -117,8 +117,8 @@ class Budget:
     def check(self, **stages):
         """Raise PidiffError, one sentence with the predicted need, if stages (name -> sizes of Predictor.stage) do not fit."""
         need = self.need(**stages)
-        require(self._limit is None or need <= self._limit, "max_memory",
-                f"be at least {need // MIB + 1} MiB for this bundle and this work", f"{(self._limit or 0) // MIB} MiB")
+        require(self._limit is None or need <= self._limit, "max_memory",  # a few more: processes differ from run to run
+                f"be at least {need // MIB + 4} MiB for this bundle and this work", f"{(self._limit or 0) // MIB} MiB")
 
     def need(self, **stages):
         """Return the predicted peak in bytes, 0 without a limit: nobody asked."""

@@ -175,15 +175,14 @@ class Pipeline:
         """
         self.seconds, begun = {}, time.perf_counter()
         model, defaults = self.bundle.manifest.model, self.bundle.manifest.scheduler
-        cached = "unet_cached" in self.bundle.manifest.graphs
         chosen = resolve_preset(preset, {
             "num_inference_steps": num_inference_steps, "guidance_interval": guidance_interval,
-            "cache_interval": cache_interval, "id_start": id_start,
-        }, _first(defaults.get("num_inference_steps"), 20), cached)
+            "cache_interval": cache_interval, "id_start": id_start}, _first(defaults.get("num_inference_steps"), 20))
         options = Options(
             chosen["num_inference_steps"], _first(guidance_scale, defaults.get("guidance_scale"), 3.0),
             _tuple(chosen["guidance_interval"]), chosen["cache_interval"], id_scale, chosen["id_start"],
             _tuple(level_scale), _solver(scheduler, defaults), batch_size)
+        cached = "unet_cached" in self.bundle.manifest.graphs
         require(options.cache_interval == 1 or cached, "cache_interval", "be 1 for this bundle, which has no graph unet_cached "
                 "(export it again)", options.cache_interval)
         people = [self.edit(p, **(edits or {})) for p in resolve_people(identity, model.w_plus_layers)]

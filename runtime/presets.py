@@ -1,37 +1,26 @@
 """Presets: one name for a trade-off between time and fidelity. An option that the caller gives comes before its preset's.
 
     exact     every step whole and guided
-    balanced  features cached in every second step; guidance from a tenth of the steps on, to four fifths
-    fast      the same, features kept for two steps, with half the steps
+    balanced  half the steps; guidance from a tenth of them on, to four fifths
+    fast      a quarter of the steps; guidance from a fifth of them on, to four fifths
 
-benchmarks/presets.py measures what they cost; the figures are in benchmarks/RESULTS.md.
+They are what benchmarks/presets.py found best on `mini`, where fewer steps change a picture less than cached features that
+save as much time (benchmarks/RESULTS.md): none of them caches.
 """
-
-import warnings
 
 from .errors import require
 
 DEFAULTS = {"guidance_interval": (0.0, 1.0), "cache_interval": 1, "id_start": 0.0}
-PRESETS = {
+PRESETS = {  # steps: share of the default number
     "exact": {},
-    "balanced": {"guidance_interval": (0.1, 0.8), "cache_interval": 2},
-    "fast": {"guidance_interval": (0.1, 0.8), "cache_interval": 3, "steps": 0.5},  # steps: share of the default number
+    "balanced": {"steps": 0.5, "guidance_interval": (0.1, 0.8)},
+    "fast": {"steps": 0.25, "guidance_interval": (0.2, 0.8)},
 }
 
 
-def resolve_preset(preset, given, steps, cached):
-    """Return a preset's options with those that are `given` (not None) in their place.
-
-    steps: the default number of steps. cached: whether the bundle has the graph for cached features; a preset does without
-    where it has none, and a warning says so.
-    """
+def resolve_preset(preset, given, steps):
+    """Return a preset's options with those that are `given` (not None) in their place; steps: the default number of them."""
     require(preset in PRESETS, "preset", f"be one of {', '.join(PRESETS)}", repr(preset))
     named = dict(PRESETS[preset])
-    options = {**DEFAULTS, **named, "num_inference_steps": max(1, round(steps * named.pop("steps", 1)))}
-    options.pop("steps", None)
-    given = {k: v for k, v in given.items() if v is not None}
-    if options["cache_interval"] > 1 and "cache_interval" not in given and not cached:
-        warnings.warn(f"preset {preset} does without cached features: the bundle has no graph unet_cached; export it again",
-                      stacklevel=3)
-        options["cache_interval"] = 1
-    return {**options, **given}
+    named["num_inference_steps"] = max(1, round(steps * named.pop("steps", 1)))
+    return {**DEFAULTS, **named, **{k: v for k, v in given.items() if v is not None}}

@@ -87,22 +87,22 @@ GIVEN = {"num_inference_steps": None, "guidance_interval": None, "cache_interval
 
 
 def test_presets_are_options_and_each_can_be_overridden():
-    exact = resolve_preset("exact", GIVEN, 20, True)
+    exact = resolve_preset("exact", GIVEN, 20)
     assert exact == {"num_inference_steps": 20, "guidance_interval": (0.0, 1.0), "cache_interval": 1, "id_start": 0.0}
     for name, options in PRESETS.items():
-        found = resolve_preset(name, GIVEN, 20, True)
+        found = resolve_preset(name, GIVEN, 20)
         assert found == {**exact, **{k: v for k, v in options.items() if k != "steps"},
                          "num_inference_steps": round(20 * options.get("steps", 1))}
         for key, value in (("num_inference_steps", 7), ("guidance_interval", (0, 0.5)), ("cache_interval", 4), ("id_start", 0.0)):
-            assert resolve_preset(name, {**GIVEN, key: value}, 20, True) == {**found, key: value}
-    assert resolve_preset("fast", GIVEN, 1, True)["num_inference_steps"] == 1
+            assert resolve_preset(name, {**GIVEN, key: value}, 20) == {**found, key: value}
+        assert resolve_preset(name, GIVEN, 1)["num_inference_steps"] == 1
 
 
-def test_presets_on_a_bundle_without_the_cached_graph(pipe):
-    with pytest.warns(UserWarning, match="preset fast does without cached features: the bundle has no graph unet_cached"):
-        fast = images(pipe, preset="fast", num_inference_steps=None)
-    same = images(pipe, num_inference_steps=2, guidance_interval=PRESETS["fast"]["guidance_interval"])
-    assert np.array_equal(fast, same)  # the tiny bundle's own number of steps is 5
+def test_a_preset_draws_what_its_options_draw(pipe):
+    options = {"num_inference_steps": None, "preset": "balanced"}
+    spelled = images(pipe, num_inference_steps=2, guidance_interval=PRESETS["balanced"]["guidance_interval"])
+    assert np.array_equal(images(pipe, **options), spelled)  # the tiny bundle's own number of steps is 5
+    assert not np.array_equal(images(pipe, **{**options, "num_inference_steps": 3}), spelled)
     assert np.array_equal(images(pipe, preset="exact"), images(pipe))
     with pytest.raises(PidiffError, match="preset must be one of exact, balanced, fast, got 'best'"):
         images(pipe, preset="best")
