@@ -13,7 +13,6 @@ from pidiff.runtime.signature import load_secret_key
 
 from . import engine_commands
 
-MODES = ("auto", "full", "short", "none")        # of report.py, which would import torch
 EPILOG = """\
 MODEL is a folder in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) with two folders of PIDiff,
 w_plus_encoder/ and adapter/, or the published files --encoder and --adapter in place of these; or one .safetensors file and --layout. A bundle is such a folder
@@ -54,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
                              "not in it, configurations and tokenizer; weights of UNet, VAE and text encoder need not be there")
     parser.add_argument("--lora", metavar="FILE[:SCALE]", action="append", default=[],
                         help="fuse a LoRA (kohya's, diffusers' or PEFT's names; LCM-LoRA too) into UNet and text encoder; may be repeated")
-    parser.add_argument("--report", choices=MODES, default="auto",
+    parser.add_argument("--report", metavar="full|short|none|auto", default="auto",
                         help="what report.html in the bundle tells: full: every graph in every engine that is here, and a picture drawn "
                              "by PyTorch and by each; short: what the export measures anyway; auto (default): full, but short for "
                              "models of Stable Diffusion's size, whose picture would take minutes")

@@ -21,7 +21,8 @@ from pidiff.runtime.bundle import Bundle, Manifest
 from pidiff.runtime.cuda import find_gpu
 from pidiff.runtime.engine_specs import TARGETS, EngineFile, EngineSet, engine_path
 from pidiff.runtime.engine_store import EngineStore
-from pidiff.runtime.engines.tensorrt import MODULES, installed_version
+from pidiff.runtime.engines import ENGINES
+from pidiff.runtime.engines.tensorrt import installed_version
 from pidiff.runtime.preflight import ENGINE_GRAPHS
 from pidiff.runtime.signature import SecretKey
 
@@ -168,7 +169,7 @@ def _is_built(manifest: Manifest, engines: EngineSet, job: Job) -> bool:
 
 def _build(job: Job, engines: EngineSet, workspace: int, part: Path, report: Report) -> int:
     """Run the builder process for one graph; returns its peak memory in bytes."""
-    request = {"module": MODULES[engines.backend][0], "version": engines.version, "onnx": str(job.onnx.absolute()),
+    request = {"module": ENGINES[engines.backend][2], "version": engines.version, "onnx": str(job.onnx.absolute()),
                "out": str(part.absolute()), "targets": engines.targets, "workspace": workspace << 20,
                "profiles": job.engine.profiles}
     answer = {}

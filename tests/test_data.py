@@ -161,6 +161,8 @@ def test_an_interrupted_draft_can_be_used_and_goes_on(people_folder, tmp_path, m
     some = load_people(tmp_path, 128)
     assert len(some) == 8 and not (tmp_path / "faces-02.tar").exists()
     draft.draft(tmp_path, people_folder, people=11, seed=0)
+    draft.write_manifest(tmp_path, [])                               # killed between the last pictures and their manifest
+    draft.draft(tmp_path, people_folder, people=11, seed=0)
     whole = load_people(tmp_path, 128)
     assert len(whole) == 11 and len(calls) == 10 + 3 and np.array_equal(whole.images[:8], some.images)
 

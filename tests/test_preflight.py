@@ -160,8 +160,8 @@ def test_no_driver_and_a_driver_without_the_functions(tmp_path):
 
 
 def test_an_absent_or_broken_module_is_told(monkeypatch):
-    monkeypatch.setattr(tensorrt, "MODULES", {"tensorrt-rtx": ("no_such_module_here", "pip install tensorrt-rtx-cu13")})
-    assert tensorrt.installed_version("tensorrt-rtx") == (None, "no_such_module_here is not installed (pip install tensorrt-rtx-cu13)")
+    monkeypatch.setitem(tensorrt.ENGINES, "tensorrt-rtx", ("", "", "no_such_module_here", "pip install 'pidiff-edge[rtx]'"))
+    assert tensorrt.installed_version("tensorrt-rtx") == (None, "no_such_module_here is not installed (pip install 'pidiff-edge[rtx]')")
 
     def broken(name):
         raise ImportError("libtensorrt_rtx.so.1: cannot open shared object file")

@@ -136,6 +136,6 @@ def draft(out: Path, like: Path, people: int, seed: int) -> None:
                     add_file(tar, row["file"].replace(".jpg", ".mask.png"), cv2.imencode(".png", mask)[1])
                     bar.update()
             os.replace(temporary, path)
-            write_manifest(out, rows[:start + PER_TAR])              # what an interrupted run has drawn can be used
         else:
             bar.update(len(part))
+        write_manifest(out, rows[:start + PER_TAR])                  # what an interrupted run has drawn can be used

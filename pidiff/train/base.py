@@ -187,11 +187,8 @@ class BaseLoss:
         prompt_embeds = encode_prompts(self.model, captions)
         timesteps = training_timesteps(len(latents), self.alphas_cumprod)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        noise = torch.randn_like(latents)
-        target = noise
-        if self.model.scheduler.get("prediction_type") == "v_prediction":
-            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-        return Task(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timesteps, target, masks, prompt_embeds, w_plus, id_scale)
+        noisy, target = add_noise(self.model.scheduler, latents, torch.randn_like(latents), alpha)
+        return Task(noisy, timesteps, target, masks, prompt_embeds, w_plus, id_scale)
 
     def predict(self, task: "Task", w_plus: Tensor, id_scale: Tensor, held: ExitStack | None = None) -> tuple[Tensor, list[Tensor]]:
         """Model output [B, C, h, w] for an identity, and the identity maps of all layers. `held` keeps the identity on."""
@@ -252,6 +249,13 @@ def likeness_loss(encoder: nn.Module, picture: Tensor, wanted: Tensor, mask: Ten
     with torch.no_grad():
         targets = features(wanted)
     return sum((a - b).square().mean() / b.var() for a, b in zip(features(picture), targets)) / len(targets)
+
+
+def add_noise(scheduler: dict, latents: Tensor, noise: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latents at signal power `alpha` (broadcastable), and what the UNet should answer: v or the noise."""
+    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    target = signal * noise - sigma * latents if scheduler.get("prediction_type") == "v_prediction" else noise
+    return signal * latents + sigma * noise, target
 
 
 def clean_latents(scheduler: dict, noisy: Tensor, output: Tensor, alpha: Tensor) -> Tensor:

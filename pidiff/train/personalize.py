@@ -31,7 +31,7 @@ from ..identity import IdentityAdapter
 from ..model import Model, load_model
 from ..sampling import encode_prompts
 from .augment import misalign
-from .base import training_alphas
+from .base import add_noise, training_alphas
 from .common import to_tensor, training_timesteps
 from .precision import autocast
 
@@ -148,10 +148,9 @@ def _drawing_loss(model: Model, photos: Photos, w_plus: Tensor, options: Persona
     latents, masks, prompts = _batch(model, photos, rng, count)
     torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator)))
     timesteps = training_timesteps(count, alphas)
-    alpha, noise = alphas[timesteps].view(-1, 1, 1, 1), torch.randn_like(latents)
-    target = noise if model.scheduler.get("prediction_type") != "v_prediction" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    noisy, target = add_noise(model.scheduler, latents, torch.randn_like(latents), alphas[timesteps].view(-1, 1, 1, 1))
     with autocast("cpu"), model.adapter.condition(model.adapter.mapper(w_plus.expand(count, -1, -1)), 1.0):
-        output = model.unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, timesteps, prompts).sample.float()
+        output = model.unet(noisy, timesteps, prompts).sample.float()
     return ((masks + options.background_weight * (1 - masks)) * (output - target).square()).mean()
 
 

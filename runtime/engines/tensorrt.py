@@ -11,27 +11,24 @@ import numpy as np
 
 from ..cuda import DeviceMemory, HostMemory, Stream
 from ..errors import EngineError, require
-from . import rebound
+from . import ENGINES, rebound
 
-# backend in the manifest -> (Python module, what installs it)
-MODULES = {"tensorrt-rtx": ("tensorrt_rtx", "pip install tensorrt-rtx-cu13"),
-           "tensorrt": ("tensorrt", "it comes with JetPack or NVIDIA's TensorRT packages")}
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 
 
 def installed_version(backend):
     """Return (version, "") of the backend's Python module, or (None, why it cannot be used). Never raises."""
-    name, package = MODULES[backend]
+    _, _, name, install = ENGINES[backend]
     try:
         return importlib.import_module(name).__version__, ""
     except ImportError as e:        # also a library of its own that is missing
         missing = getattr(e, "name", None) == name
-        return None, f"{name} is not installed ({package})" if missing else f"{name} cannot be imported: {e}"
+        return None, f"{name} is not installed ({install})" if missing else f"{name} cannot be imported: {e}"
 
 
 def header_size(backend):
     """Return how many bytes of an engine `validity` reads, or None where the backend has no such question."""
-    trt = importlib.import_module(MODULES[backend][0])
+    trt = importlib.import_module(ENGINES[backend][2])
     if not hasattr(trt.Runtime, "get_engine_validity"):
         return None
     return trt.Runtime(_logger(trt)).engine_header_size
@@ -42,7 +39,7 @@ def validity(backend, header):
 
     Returns ("valid" | "suboptimal" | "invalid", tuple of diagnostics in lower case, such as "old_cuda_driver").
     """
-    trt = importlib.import_module(MODULES[backend][0])
+    trt = importlib.import_module(ENGINES[backend][2])
     verdict, bits = trt.Runtime(_logger(trt)).get_engine_validity(header)
     flags = getattr(trt, "EngineInvalidityDiagnostics", None)
     found = [name for name, flag in flags.__members__.items() if int(bits) & int(flag)] if flags else []
@@ -57,7 +54,7 @@ class TensorRtEngine:
     lie in GPU memory, which the GPU caches. The first run after a change of shape or address is queued call by call; the
     second is captured, copies included, and from then on a run is one launch (`captured`), until something moves.
 
-    backend: a key of MODULES. data: the engine, as Bundle.engine returned it after checking its hash. spec: GraphSpec.
+    backend: its name in ENGINES. data: the engine, as Bundle.engine returned it after checking its hash. spec: GraphSpec.
     profiles: those of its EngineFile. scratch: cuda.Scratch, shared by engines that never run at the same time.
     rebuild(shapes): returns the command that builds an engine for these input shapes. Raises EngineError.
     """
@@ -65,7 +62,7 @@ class TensorRtEngine:
     _graph = _context = _engine = _stream = None
 
     def __init__(self, backend, data, spec, profiles, scratch, rebuild):
-        self._trt, self._backend = importlib.import_module(MODULES[backend][0]), backend
+        self._trt, self._backend = importlib.import_module(ENGINES[backend][2]), backend
         self._spec, self._profiles, self._scratch, self._rebuild = spec, profiles, scratch, rebuild
         self._name, self._device, self._log = Path(spec.file).stem, scratch.device, _logger(self._trt)
         self._slots, self._bound, self._staged, self._shapes = {}, {}, [], None
