@@ -143,12 +143,84 @@ def test_mapper_stage_goes_on_in_the_language_of_a_bundle(trained, people_folder
     assert not any(same[f"mapper.proj_{i}.tokens.weight"] for i in range(4))
 
 
+def test_encoder_and_mapper_train_together(trained, people_folder, tmp_path):
+    """Both move from a bundle's weights and are written; offsets and the tokens' language stay; a second run resumes."""
+    from safetensors.torch import load_file
+    folder = tmp_path / "model"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns(".state", "mapper"))
+    before = load_file(folder / "w_plus_encoder" / "model.safetensors")
+    for steps in "12":
+        assert run("encoder", people_folder, folder, "--with-mapper", "--steps", steps) == 0
+    after = load_file(folder / "w_plus_encoder" / "model.safetensors")
+    assert not torch.equal(before["styles.0.linear.weight"], after["styles.0.linear.weight"])
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("styles.") and not k.startswith("styles.0."))
+    known, mapper = load_file(trained / "adapter" / "model.safetensors"), load_file(folder / "mapper" / "model.safetensors")
+    assert torch.equal(known["mapper.norm.weight"].float(), mapper["mapper.norm.weight"])
+    assert not torch.equal(known["mapper.proj_0.tokens.weight"].float(), mapper["mapper.proj_0.tokens.weight"])
+    assert torch.load(folder / ".state" / "encoder-with-mapper" / "state.pt", weights_only=True)["step"] == 2
+
+
+def test_autoencoder_draws_photos_better(people):
+    from pidiff.autoencoder import MINI_VAE, PatchAutoencoder
+    from pidiff.config import ADAPTER_MINI, W_PLUS_MINI
+    from pidiff.train.face import AutoencoderLoss, FaceAutoencoder
+    from pidiff.train.mapper import RenderingMapper, white_latents
+    from pidiff.w_plus_encoder import WPlusEncoder
+    torch.manual_seed(0)
+    latents = white_latents(PatchAutoencoder(MINI_VAE).eval(), people)
+    renderer = RenderingMapper(dataclasses.replace(ADAPTER_MINI, tokens_per_group=16, token_rows=4), *latents.shape[1:3])
+    renderer.measure(latents)
+    model = FaceAutoencoder(WPlusEncoder(W_PLUS_MINI), renderer)
+    loss_fn, rng = AutoencoderLoss(model, people, latents, 12), np.random.default_rng(0)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+
+    def drawn() -> float:
+        with torch.no_grad():
+            return float(loss_fn(np.random.default_rng(1))[1]["drawn"])
+
+    before = drawn()
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_fn(rng)[0].backward()
+        optimizer.step()
+    assert drawn() < 0.75 * before
+
+
+def test_codes_get_only_the_errors_they_do_not_have():
+    from pidiff.train.__main__ import excess_errors
+    rng = np.random.default_rng(0)
+    known, unseen = rng.normal(0, 3, (50, 2, 512)), rng.normal(0, 5, (20, 2, 512))
+    assert excess_errors(known, unseen).std() == pytest.approx(4, rel=0.02)
+    assert not excess_errors(unseen, known).any()
+
+
+def test_inner_face_and_coarse_channels_weigh_most():
+    from pidiff.train.mapper import face_window, likeness_weight
+    weight = likeness_weight(torch.tensor([4.0, 1.0]).view(2, 1, 1), 16)
+    assert weight.mean() == pytest.approx(1)
+    assert weight[0, 8, 8] == pytest.approx(16 * weight[0, 0, 0].item()) == pytest.approx(8 * weight[1, 8, 8].item())
+    assert torch.equal(face_window(8, 3.0)[[0, 3, 5, 6], [0, 2, 5, 3]], torch.tensor([1.0, 3.0, 3.0, 1.0]))
+
+
+def test_base_loss_counts_the_inner_face_of_aligned_pictures(trained, people):
+    from pidiff.model import load_model
+    from pidiff.train.base import BaseLoss, BaseOptions
+    model = load_model(trained)
+    assert BaseLoss(model, people, 2, options=BaseOptions(face=3.0)).window.max() > 2
+    photos = dataclasses.replace(people, faces=people.images)
+    assert (BaseLoss(model, photos, 2).window == 1).all(), "a face can be anywhere in a photo"
+
+
 def test_keep_mapper_without_a_mapper_is_one_sentence(people_folder, trained, tmp_path, capsys):
     shutil.copytree(trained / "vae", tmp_path / "vae")
     assert run("base", people_folder, tmp_path, "--keep-mapper") == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert run("vae", people_folder, tmp_path, "--keep-mapper") == 1
     assert "keep-mapper must be given to the base or adapter stage, got it for vae" in capsys.readouterr().err
+    assert run("encoder", people_folder, tmp_path, "--with-mapper") == 1
+    assert "with-mapper must be given with a mapper to train" in capsys.readouterr().err
+    assert run("mapper", people_folder, tmp_path, "--with-mapper") == 1
+    assert "with-mapper must be given to the encoder stage, got it for mapper" in capsys.readouterr().err
 
 
 def test_likeness_compares_the_person_alone_by_the_encoders_features(trained, people_folder):

@@ -30,6 +30,7 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train matting --data DATA --model MODEL      background removal            -> MODEL/face_matting
   pidiff-train mapper  --data DATA --model MODEL      W+ -> identity tokens, by drawing faces from them (needs vae)
   pidiff-train encoder --data DATA --model MODEL      photo -> W+ (uses mapper)     -> MODEL/w_plus_encoder
+  pidiff-train encoder --data DATA --model MODEL --with-mapper    both together, as an autoencoder of faces: more alike
   pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder and mapper)
   pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
   pidiff-train decoder --data DATA --model MODEL      VAE's decoder, on what the sampler makes: no seams; last
@@ -57,8 +58,8 @@ NEED_EXACT_CODES = ("encoder", "mapper")
 SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "mapper": 128, "base": 128, "adapter": 128, "decoder": 128}
 
 
-def _trainer(args, model, export, sample=None) -> Trainer:
-    return Trainer(model, copy.deepcopy(model), args.config, args.model / ".state" / args.stage, export, sample)
+def _trainer(args, model, export, sample=None, name: str | None = None) -> Trainer:
+    return Trainer(model, copy.deepcopy(model), args.config, args.model / ".state" / (name or args.stage), export, sample)
 
 
 def _start_from(module: torch.nn.Module, file: Path) -> bool:
@@ -94,6 +95,8 @@ def train_vae(args, people: People) -> None:
 
 
 def train_encoder(args, people: People) -> None:
+    if args.with_mapper:
+        return train_autoencoder(args, people)
     from ..w_plus_encoder import WPlusEncoder
     from .face import EncoderLoss, encoder_scores
     from .mapper import load_renderer
@@ -151,7 +154,14 @@ def encoder_codes(args, people: People):
     if people.w is None:
         return EncoderCodes(encoder_bank(encoder, people), np.zeros((1, encoder.config.num_styles, 512), np.float32))
     unseen = load_people(args.data, max(128, encoder.config.input_size), "validation", args.people_limit)
-    return EncoderCodes(encoder_bank(encoder, people), encoder_bank(encoder, unseen) - unseen.w[:, None])
+    known = encoder_bank(encoder, people)
+    return EncoderCodes(known, excess_errors(known - people.w[:, None], encoder_bank(encoder, unseen) - unseen.w[:, None]))
+
+
+def excess_errors(known: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """The encoder's errors [M, L, 512] on unseen people, made as small as what they exceed those on known people [N, L, 512] by:
+    the known people's codes have the rest already. More noise would teach the UNet to doubt the tokens."""
+    return unseen * max(0.0, 1 - np.square(known).mean() / np.square(unseen).mean()) ** 0.5
 
 
 def known_codes(codes, people: People) -> np.ndarray:
@@ -165,28 +175,59 @@ def _mapper_state(file: Path) -> dict[str, torch.Tensor]:
     return {k.removeprefix("mapper."): v for k, v in read_tensors(file).items() if k.startswith("mapper.")}
 
 
-def train_mapper(args, people: People) -> None:
-    from .base import encoder_bank
-    from .mapper import MapperLoss, RenderingMapper, unexplained, white_latents
-    vae, file = load_vae(args.model / "vae"), args.model / "mapper" / "model.safetensors"
-    latents, known = white_latents(vae, people), encoder_codes(args, people)
+def begin_renderer(args, people: People, latents: torch.Tensor):
+    """The mapper stage's model with what the folder knows of it; and whether an adapter there reads its tokens already."""
+    from .mapper import RenderingMapper
+    file, adapter = args.model / "mapper" / "model.safetensors", args.model / "adapter" / "model.safetensors"
     model = RenderingMapper(ADAPTER_MINI, *latents.shape[1:3])
-    begun, adapter = _start_from(model, file), args.model / "adapter" / "model.safetensors"
+    begun = _start_from(model, file)
     if not begun and adapter.is_file():             # go on with a bundle's mapper
         load_strict(model.mapper, _mapper_state(adapter), "adapter")
     model.mapper.latent_avg.copy_(torch.from_numpy(people.mean).expand_as(model.mapper.latent_avg))
-    model = model.to(args.config.device)
-    loss = MapperLoss(model, people, latents, None if known is None else known.people, args.config.batch_size, args.config.device)
+    model.measure(latents)
     if not begun and adapter.is_file():
-        loss.learn_to_read()
+        some = np.linspace(0, len(latents) - 1, min(4000, len(latents))).astype(int)
+        codes = torch.from_numpy(people.w[some].astype(np.float32))[:, None].expand(-1, W_PLUS_MINI.num_styles, -1)
+        model.learn_to_read(codes, model.standardise(latents[torch.from_numpy(some)]))
+    return model.to(args.config.device), adapter.is_file()
+
+
+def train_mapper(args, people: People) -> None:
+    from .mapper import MapperLoss, unexplained, white_latents
+    vae, file = load_vae(args.model / "vae"), args.model / "mapper" / "model.safetensors"
+    latents, known = white_latents(vae, people), encoder_codes(args, people)
+    model, read = begin_renderer(args, people, latents)
     trainer = _trainer(args, model, lambda ema, _: save_weights(ema, file))
-    if adapter.is_file():                           # a UNet has learned to read these tokens where and as they are
-        for part in (*model.read.parameters(), *model.mapper.norm.parameters(), model.mapper.position):
-            part.requires_grad_(False)              # after the trainer, so that it can resume whatever was trained before
-    trainer.run(loss)
+    for part in model.language() if read else ():
+        part.requires_grad_(False)                  # after the trainer, so that it can resume whatever was trained before
+    trainer.run(MapperLoss(model, people, latents, None if known is None else known.people, args.config.batch_size, args.config.device))
     unseen = load_people(args.data, SIZES["mapper"], "validation", args.people_limit or 1000)
     w_plus = torch.from_numpy(unseen.w)[:, None].expand(-1, W_PLUS_MINI.num_styles, -1)
     print(f"held-out share unexplained: {unexplained(trainer.ema.cpu(), w_plus, white_latents(vae, unseen)):.3f}")
+
+
+def train_autoencoder(args, people: People) -> None:
+    """Encoder stage with the mapper: both are written."""
+    from .face import AutoencoderLoss, FaceAutoencoder, encoder_scores
+    from .mapper import white_latents
+    if not (args.model / "mapper").is_dir() and not (args.model / "adapter").is_dir():
+        raise ValueError(f"with-mapper must be given with a mapper to train, got neither mapper/ nor adapter/ in {args.model}")
+    latents = white_latents(load_vae(args.model / "vae"), load_people(args.data, SIZES["mapper"], "train", args.people_limit))
+    renderer, read = begin_renderer(args, people, latents)
+    encoder = load_encoder(args.model / "w_plus_encoder").float().train().to(args.config.device, memory_format=torch.channels_last)
+    folder, model = args.model / "w_plus_encoder", FaceAutoencoder(encoder.requires_grad_(True), renderer)
+
+    def export(ema, _):
+        save_weights(ema.renderer, args.model / "mapper" / "model.safetensors")
+        save_weights(ema.encoder, folder / "model.safetensors", torch.float16)
+
+    trainer = _trainer(args, model, export, name="encoder-with-mapper")
+    for part in (*encoder.styles[1:].parameters(), *(renderer.language() if read else ())):
+        part.requires_grad_(False)
+    trainer.run(AutoencoderLoss(model, people, latents, args.config.batch_size, args.config.device))
+    encoder = trainer.ema.encoder.cpu().eval()
+    save_file(edit_directions(people, encoder), args.model / "directions.safetensors")
+    print("held-out", encoder_scores(encoder, load_people(args.data, SIZES["encoder"], "validation")))
 
 
 def train_base(args, people: People) -> None:
@@ -291,6 +332,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
     parser.add_argument("--keep-mapper", action="store_true",
                         help="base and adapter stages: go on with the mapper of MODEL/adapter as it is")
+    parser.add_argument("--with-mapper", action="store_true",
+                        help="encoder stage: train encoder and mapper together, as an autoencoder of faces (then base)")
     parser.add_argument("--likeness", type=float, default=0.0,
                         help="base stage: weight of the person's difference in the encoder's features (default: 0)")
     parser.add_argument("--new-adapter", choices=("parallel", "residual", "single"),
@@ -310,6 +353,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} must be given to the adapter stage, got it for {args.stage}")
     if args.keep_mapper and args.stage not in ("base", "adapter"):
         raise ValueError(f"keep-mapper must be given to the base or adapter stage, got it for {args.stage}")
+    if args.with_mapper and args.stage != "encoder":
+        raise ValueError(f"with-mapper must be given to the encoder stage, got it for {args.stage}")
     if args.likeness and args.stage != "base" or not 0 <= args.likeness < float("inf"):
         raise ValueError(f"likeness must be at least 0, and given to the base stage only, got {args.likeness} for {args.stage}")
     args.terms = AdapterOptions(**given)

@@ -4,8 +4,8 @@ Every picture is of a known person in a known setting. The text names the settin
 picture of the person, so neither can do the other's work. Where the text names the pose or the expression, the code's own
 is moved at random, so that the text decides; else the code does. With probability `id_off` the identity branch is off (so
 that id_scale = 0 is a proper text-to-image model), with `id_null` it sees mapper(zeros), and `text_drop` empties the
-prompt, for classifier-free guidance. Loss: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) plus a small
-localisation loss on the identity map, and the mapper stage's alignment loss on identity attention. With `likeness`,
+prompt, for classifier-free guidance. Loss: v-prediction (Salimans and Ho 2022, arXiv 2202.00512), the inner face of aligned
+pictures weighing more, plus a small localisation loss on the identity map, and the mapper stage's alignment loss on identity attention. With `likeness`,
 some nearly clean predictions are also decoded, and the person in them is compared with the real one in the encoder's feature
 maps: squared error alone spends itself on texture that does not say who it is.
 """
@@ -32,7 +32,7 @@ from ..sampling import encode_prompts, make_scheduler
 from ..tokenizer import build_tokenizer
 from ..unet import attach
 from .common import to_tensor, training_timesteps
-from .mapper import alignment_loss
+from .mapper import alignment_loss, face_window
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class BaseOptions:
     id_null: float = 0.07
     id_same: float = 0.7                # share of references that are the very picture to draw
     moved: float = 0.7                  # share of codes whose pose or expression is moved when the text names it
-    code_noise: float = 0.15            # W noise, standard deviation up to this (a code's own is about 0.34)
+    code_noise: float = 0.05            # W noise, standard deviation up to this (a code's own is about 0.34)
     encoded: float = 0.85               # share of references that went through the encoder, where there is one
     localisation: float = 0.05
     alignment: float = 0.1              # where the mapper stage has given the tokens their regions
+    face: float = 3.0                   # weight of the inner face's errors where pictures are aligned, beside 1 elsewhere
     likeness: float = 0.0               # needs an encoder
     likeness_share: float = 0.25        # of a batch that it decodes, at most
 
@@ -57,7 +58,7 @@ MOVES = {"pose": 2.0, "smile": 1.2}                          # standard deviatio
 
 @dataclass(frozen=True, eq=False)
 class EncoderCodes:
-    """people [N, L, 512]: the encoder's codes of the training pictures. errors [M, L, 512]: encoder minus exact code on
+    """people [N, L, 512]: the encoder's codes of the training pictures. errors [M, L, 512]: what the encoder errs more by on
     people it was not trained on, so that the identity branch meets the errors that it will meet in use (photos have
     them already: zeros)."""
 
@@ -137,6 +138,8 @@ class BaseLoss:
         self.variants, self.encoder_codes = people.variants(), codes
         self.levels = sum(model.adapter.config.groups)
         self.variance = latent_variance(model, people)
+        window = face_window(model.unet.config.sample_size, options.face if people.faces is None else 1.0, device=self.device)
+        self.window = window / window.mean()
         self.probe = AttentionProbe(model.adapter) if aligned else None
         if options.likeness and (model.w_plus_encoder is None or people.faces is not None):
             raise ValueError(f"likeness must be 0 without an encoder and for photos that are not aligned, got {options.likeness}")
@@ -209,7 +212,7 @@ class BaseLoss:
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
         task = self.draw(rng)
         output, maps = self.predict(task, task.w_plus, task.id_scale)
-        diffusion = ((output - task.target).square() * self.weight(task)).mean()
+        diffusion = ((output - task.target).square() * self.weight(task) * self.window).mean()
         local = localisation_loss(maps, task.masks, task.real)
         loss, scalars = diffusion + self.options.localisation * local, {"diffusion": diffusion.detach(), "localisation": local.detach()}
         if self.probe is not None:

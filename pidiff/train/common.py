@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from .muon import Muon, split_parameters
-from .precision import AUTO, PRECISIONS, autocast, fastest_precision
+from .precision import AUTO, PRECISIONS, agreed, autocast, fastest_precision
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Trainer:
             self.rank = dist.get_rank()
             for tensor in [*self.model.state_dict().values(), *self.ema.state_dict().values()]:
                 dist.broadcast(tensor, 0)
-        self.precision = fastest_precision(c.device) if c.precision == AUTO else c.precision
+        self.precision = agreed(fastest_precision(c.device)) if c.precision == AUTO else c.precision
         matrices, others = split_parameters(self.model)
         self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:

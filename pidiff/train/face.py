@@ -1,4 +1,5 @@
-"""Face stages: the W+ encoder (regression of exact codes) and the matting network (published masks)."""
+"""Face stages: the W+ encoder (regression of exact codes; then with the mapper, as an autoencoder of faces) and the matting
+network (published masks)."""
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from ..data.factors import COLOURS, SCENES, composite, paint_background
 from ..data.people import People
 from .augment import misalign, photograph
 from .common import to_tensor
-from .mapper import RenderingMapper
+from .mapper import MapperLoss, RenderingMapper
 
 
 def _people_batch(people: People, indices: np.ndarray, rng: np.random.Generator, background, amount: float = 1.0):
@@ -66,6 +67,41 @@ class EncoderLoss:
             return loss, {}
         seen = (self.render(code) - self.render(target)).square().mean() / self.spread
         return loss + seen, {"code": loss.detach(), "seen": seen.detach()}
+
+
+class FaceAutoencoder(nn.Module):
+    """Encoder and mapper in one module, so that one optimiser and one average cover them."""
+
+    def __init__(self, encoder: nn.Module, renderer: RenderingMapper):
+        super().__init__()
+        self.encoder, self.renderer = encoder, renderer
+
+
+class AutoencoderLoss:
+    """Encoder and mapper together: what the mapper draws from the encoder's main code against the person's latents (`MapperLoss`).
+
+    An exact code says who StyleGAN drew, but a small mapper cannot draw all that it says; here the code may move to what this
+    mapper can use. Half as much weighs what exact codes draw, and `code` holds the main code near the exact one, so that
+    directions in W stay what they are."""
+
+    def __init__(self, model: FaceAutoencoder, people: People, latents: Tensor, batch_size: int, device: str = "cpu",
+                 encoded: float = 2 / 3, exact: float = 0.5, code: float = 0.05):
+        self.model, self.people, self.batch_size, self.device = model, people, batch_size, device
+        self.encoded, self.exact, self.code = encoded, exact, code
+        self.drawing = MapperLoss(model.renderer, people, latents, None, batch_size, device)
+        self.std = float((people.w - people.mean).std())
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+        indices = rng.integers(len(self.people), size=self.batch_size)
+        shown = max(1, round(self.batch_size * self.encoded))
+        images, _ = _people_batch(self.people, indices[:shown], rng, white_background)
+        main = self.model.encoder.main_code(to_tensor(images).to(self.device)).float()
+        code = ((main - torch.from_numpy(self.people.w[indices[:shown]]).to(self.device)) / self.std).square().mean()
+        w_plus = main[:, None].expand(-1, self.model.encoder.config.num_styles, -1)
+        exact = torch.from_numpy(self.drawing.exact(indices[shown:], rng)).to(self.device)
+        drawn, from_exact = self.drawing.errors(torch.cat([w_plus, exact]), indices).split([shown, len(exact)])
+        loss = drawn.mean() + self.code * code + (self.exact * from_exact.mean() if len(exact) else 0)
+        return loss, {"drawn": drawn.mean().detach(), "code": code.detach()}
 
 
 @torch.no_grad()

@@ -17,15 +17,21 @@ PRECISIONS = (AUTO, *DTYPES)
 
 @functools.cache
 def fastest_precision(device: str) -> str:
-    """"bf16" or "fp32": the faster on a device for a convolution and its gradients; the first process decides for all."""
+    """"bf16" or "fp32": the faster on a device for a convolution and its gradients."""
     if torch.device(device).type != "cpu":
         return "bf16"
-    fast = torch.tensor(float(_seconds(torch.bfloat16) < _seconds(torch.float32)))
+    return "bf16" if _seconds(torch.bfloat16) < _seconds(torch.float32) else "fp32"
+
+
+def agreed(precision: str) -> str:
+    """The first process's choice: all must train in one precision, and timings differ."""
+    choice = [precision]
     if dist.is_initialized():
-        dist.broadcast(fast, 0)
-    return "bf16" if fast else "fp32"
+        dist.broadcast_object_list(choice, 0)
+    return choice[0]
 
 
+@torch.enable_grad()            # whoever asks: latents are made without gradients
 def _seconds(dtype: torch.dtype, runs: int = 4) -> float:
     """Least time of a convolution like those of `mini`, forwards and backwards."""
     layer = nn.Conv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
