@@ -107,7 +107,7 @@ class _Export:
         fields = {
             "name": self.options.name or (self.old.name if self.old else self.source.name), "family": "sd1",
             "precision": self.precision, "attention": self.options.form.attention, "opset": self.options.form.opset,
-            "graphs": {n: self._fixed(g) for n, g in self.graphs.items()}, "model": model,
+            "graphs": self.graphs, "model": model,
             "scheduler": self.options.sampling or (self.old.scheduler if self.old else {}), "sources": self._sources(),
             "licences": self._licences(), "tools": _tools(), "parity": {n: p.to_dict() for n, p in self.parity.items()},
             "float32_layers": {n: r.islands for n, r in self.ranges.items() if r.islands},
@@ -300,13 +300,6 @@ class _Export:
             self.engines.setdefault(engine, {})[name] = found
 
     # --- manifest ---
-
-    def _fixed(self, spec: GraphSpec) -> GraphSpec:
-        """The manifest gives latents and pictures the model's own size, also where the .onnx file takes any."""
-        s = self.sizes
-        sizes = {"h": s.side, "w": s.side, "H": s.side * s.scale_factor, "W": s.side * s.scale_factor}
-        fix = lambda tensors: tuple(replace(t, shape=tuple(sizes.get(n, n) for n in t.shape)) for t in tensors)
-        return spec if spec.file.startswith("face_p") else replace(spec, inputs=fix(spec.inputs), outputs=fix(spec.outputs))
 
     def _sources(self) -> dict[str, str]:
         """Digests of the checkpoint; a bundle passes its own on, so that re-exports keep their origin."""

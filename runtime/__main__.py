@@ -63,6 +63,10 @@ def _generate_parser():
                         help="move the person along a direction of the bundle, e.g. smile=1.5 (standard deviations)")
     parser.add_argument("--region", type=_numbers(4), action="append", metavar="X0,Y0,X1,Y1",
                         help="where the person may appear, in fractions of the picture; one per --face, in order")
+    for name in ("height", "width"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help="pixels (default: the model's own; others where the bundle takes any size)")
+    parser.add_argument("--tiled-decode", action="store_true", default=None,
+                        help="decode in tiles that overlap, for less memory (by itself where --max-memory asks for it)")
     parser.add_argument("--map", metavar="FILE.png", help="also write where the identity was read, as a heat map")
     return parser
 
@@ -106,7 +110,8 @@ def _generate(args):
         people, args.prompt, args.negative_prompt, preset=args.preset, num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval, cache_interval=args.cache_interval,
         id_scale=args.id_scale, id_start=args.id_start, level_scale=args.level_scale, id_mask=args.region, seed=args.seed,
-        num_images=args.num_images, scheduler=args.scheduler, edits=dict(args.edit),
+        num_images=args.num_images, scheduler=args.scheduler, edits=dict(args.edit), height=args.height, width=args.width,
+        tiled_decode=args.tiled_decode,
         progress=sys.stderr.isatty() and not args.json)
     _add(seconds, result.seconds)
     if args.map and result.identity_map is None:

@@ -72,30 +72,34 @@ class Predictor:
             self._weights[graph] = stored * (1 if wide else 2) + (0 if files else len(data))
         return self._weights[graph]
 
-    def graph(self, name, batch=1, people=1, steps=1):
-        """Return bytes that a graph needs while it is loaded and run on `batch` rows."""
-        spec, axes = self._bundle.graph(name), {"B": batch, "P": people, "N": steps}
+    def graph(self, name, batch=1, people=1, steps=1, size=None):
+        """Return bytes that a graph needs while it is loaded and run on `batch` rows; size: of latents (None: the model's own)."""
+        model = self._bundle.manifest.model
+        height, width = size or model.latent_shape[1:]
+        scale = model.vae_scale_factor
+        spec = self._bundle.graph(name)
+        axes = {"B": batch, "P": people, "N": steps, "h": height, "w": width, "H": height * scale, "W": width * scale}
         sizes = [math.prod(axes.get(n, n if isinstance(n, int) else 1) for n in t.shape) for t in (*spec.inputs, *spec.outputs)]
-        return int(PER_GRAPH + PACKED * self.weights(name) + COPIES * 4 * sum(sizes) + self._activations(name, batch))
+        return int(PER_GRAPH + PACKED * self.weights(name) + COPIES * 4 * sum(sizes)
+                   + self._activations(name, batch, height, width))
 
-    def stage(self, name, batch=1, people=1, steps=1, cached=False):
-        """Return bytes for all graphs of a stage; batch: rows of the UNet, or pictures."""
+    def stage(self, name, batch=1, people=1, steps=1, cached=False, size=None):
+        """Return bytes for all graphs of a stage; batch: rows of the UNet, or pictures; size: of latents."""
         graphs = [g for g in STAGES[name] if g in self._bundle.manifest.graphs and (cached or g != "unet_cached")]
-        need = sum(self.graph(g, batch, people, steps) for g in graphs)
+        need = sum(self.graph(g, batch, people, steps, size) for g in graphs)
         if name != "denoise":
             return need
         fold = self._bundle.graph("unet").tensor("id_fold").shape[-1]
         return need + COPIES * 4 * fold * (people + 1)
 
-    def _activations(self, name, batch):
+    def _activations(self, name, batch, height, width):
         model = self._bundle.manifest.model
-        _, height, width = model.latent_shape
         if name in STAGES["denoise"]:
             return batch * 24 * 4 * height * width * model.unet.channels[0]
         if name == "vae_decoder":       # AutoencoderKL: its last block at full size, and ONNX Runtime's arena, which doubles
             config = self._bundle.json("vae/config.json") if "vae/config.json" in self._bundle.manifest.files else {}
             channels = sum(config.get("block_out_channels", (16,))[:2])
-            return batch * 4 * 4 * model.image_size**2 * channels
+            return batch * 4 * 4 * height * width * model.vae_scale_factor**2 * channels
         return 0
 
     def _itemsize(self, file):
@@ -126,11 +130,17 @@ class Budget:
             return 0
         return self._base + (sum if self._keep else max)(self._predictor.stage(n, **sizes) for n, sizes in stages.items())
 
-    def batch(self, most, rows, people, steps, cached):
-        """Return how many pictures, up to `most`, can be denoised and decoded at once; `rows` of the UNet for each."""
-        for batch in range(most, 0, -1):
-            stages = {"text": {}, "identity": {}, "plan": {"steps": steps}, "decode": {"batch": batch},
-                      "denoise": {"batch": batch * rows, "people": people, "cached": cached}}
-            if self._limit is None or self.need(**stages) <= self._limit:
-                return batch
+    def batch(self, most, rows, people, steps, cached, size, tiles):
+        """Return (how many pictures, up to `most`, can be denoised at once, side of the decoder's tiles or None).
+
+        rows: of the UNet for each picture; size: of latents; tiles: sides of tiles to decode by, None for all at once, the
+        best first. Smaller batches come before smaller tiles. Raises PidiffError.
+        """
+        for tile in tiles:
+            for batch in range(most, 0, -1):
+                part = {"batch": batch, "size": size} if tile is None else {"size": [min(tile, n) for n in size]}
+                stages = {"text": {}, "identity": {}, "plan": {"steps": steps}, "decode": part,
+                          "denoise": {"batch": batch * rows, "people": people, "cached": cached, "size": size}}
+                if self._limit is None or self.need(**stages) <= self._limit:
+                    return batch, tile
         self.check(**stages)

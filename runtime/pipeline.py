@@ -5,6 +5,7 @@ import hashlib
 import time
 import warnings
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from .options import Options, resolve_mask, resolve_people, resolve_seeds
 from .presets import resolve_preset
 from .result import Result
 from .schedule import make_schedule
+from .sizes import decode_in_tiles, is_free, latent_shape
 from .text import TextTokenizer
 
 LEVELS = ("coarse", "middle", "fine", "finest")
@@ -156,7 +158,7 @@ class Pipeline:
     def generate(self, identity, prompt, negative_prompt="", *, preset="exact", num_inference_steps=None,
                  guidance_scale=None, guidance_interval=None, cache_interval=None, id_scale=1.0, id_start=None,
                  level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None, seed=None, num_images=None, scheduler=None, edits=None,
-                 callback=None, progress=False, batch_size=4):
+                 callback=None, progress=False, batch_size=4, height=None, width=None, tiled_decode=None):
         """Make pictures of a person and return a Result.
 
         identity: an Identity, a list of them (then with `id_mask`), or None for nobody.
@@ -172,6 +174,8 @@ class Pipeline:
         depend on num_images and batch_size (images denoised at once), but for rounding.
         callback(step, total, preview) after every step, 1 <= step <= total; True stops with Cancelled; preview() returns
         the pictures so far, uint8 [B,H,W,3]. progress: show a bar.
+        height, width: pixels, None for the model's own; others where the bundle's graphs take any size. tiled_decode: decode in
+        tiles that overlap, for less memory; None: where the whole picture does not fit max_memory.
         """
         self.seconds, begun = {}, time.perf_counter()
         model, defaults = self.bundle.manifest.model, self.bundle.manifest.scheduler
@@ -188,29 +192,38 @@ class Pipeline:
         people = [self.edit(p, **(edits or {})) for p in resolve_people(identity, model.w_plus_layers)]
         self._warn_foreign(people)
         seeds = resolve_seeds(seed, num_images)
-        mask = resolve_mask(id_mask, len(people), *model.latent_shape[1:])
-        batch = self._budget.batch(min(options.batch_size, len(seeds)), 1 + options.guided, len(mask), options.steps,
-                                   options.cache_interval > 1)
+        shape = latent_shape(self.bundle, height, width)
+        mask = resolve_mask(id_mask, len(people), *shape[1:])
+        batch, tile = self._budget.batch(min(options.batch_size, len(seeds)), 1 + options.guided, len(mask), options.steps,
+                                         options.cache_interval > 1, shape[1:], self._tiles(tiled_decode, shape))
         conditions = self._conditions(options, people, mask, prompt, negative_prompt)
         with self._stage("plan"):
             plan = self.plan(options.steps, options.scheduler)
         images, maps = [], []
-        chunks = self._chunks(seeds, batch, options.guided)
-        with _Progress(callback, progress, options.steps * len(chunks), self._decode) as watch:
-            for latents, identity_map in self._denoised(plan, chunks, options, conditions, watch):
-                images += list(self._decode(latents))
+        chunks, decode = self._chunks(seeds, batch, options.guided, shape, tile), partial(self._decode, tile=tile)
+        with _Progress(callback, progress, options.steps * len(chunks), decode) as watch:
+            for latents, identity_map in self._denoised(plan, chunks, options, conditions, shape, watch):
+                images += list(decode(latents))
                 maps.append(identity_map)
         self.seconds["total"] = time.perf_counter() - begun
         return Result(images, None if maps[0] is None else np.concatenate(maps), seeds, self.seconds, self.engine,
                       self.device, options.scheduler, options.steps, float(options.guidance_scale))
 
-    def _chunks(self, seeds, batch, guided):
+    def _tiles(self, tiled, shape):
+        """Return what sides of tiles the decoder may work by, None for whole pictures, the best first."""
+        require(tiled in (None, True, False), "tiled_decode", "be True, False or None", repr(tiled))
+        free, side = is_free(self.bundle), self.bundle.manifest.model.latent_shape[1]
+        require(free or not tiled, "tiled_decode", "be None or False for this bundle, whose graphs have a fixed size", True)
+        smaller = [t for t in (side, side // 2) if t < max(shape[1:])] or [side // 2]
+        return smaller if tiled else [None, *smaller] if free and tiled is None else [None]
+
+    def _chunks(self, seeds, batch, guided, shape, tile):
         """Split the seeds into batches, or into what compiled engines take."""
         most = self._compiled.most_images(guided) if self._compiled else None
         batch = min(batch, most or batch)
         chunks = [seeds[i:i + batch] for i in range(0, len(seeds), batch)]
         for chunk in chunks if self._compiled else ():
-            self._compiled.check_images((len(chunk), *self.bundle.manifest.model.latent_shape))
+            self._compiled.check_images((len(chunk), *shape) if tile is None else (1, shape[0], *(min(tile, n) for n in shape[1:])))
         return chunks
 
     def _conditions(self, options, people, mask, prompt, negative_prompt):
@@ -233,16 +246,15 @@ class Pipeline:
 
         return rows
 
-    def _denoised(self, plan, chunks, options, conditions, watch):
+    def _denoised(self, plan, chunks, options, conditions, shape, watch):
         """Yield what `_denoise` returns for every chunk: after the last one, if the UNet goes before the decoder comes."""
-        each = (self._denoise(plan, chunk, options, conditions, watch) for chunk in chunks)
+        each = (self._denoise(plan, chunk, options, conditions, shape, watch) for chunk in chunks)
         return each if self._keep else list(each)
 
-    def _denoise(self, plan, seeds, options, conditions, watch):
-        """Denoise one batch from its seeds' noise: (latents [B,c,h,w], identity map or None)."""
+    def _denoise(self, plan, seeds, options, conditions, shape, watch):
+        """Denoise one batch from its seeds' noise: (latents [B,c,h,w], identity map or None); shape [c,h,w]."""
         from pidiff import _C
 
-        shape = self.bundle.manifest.model.latent_shape
         with self._stage("load"):  # an engine may compile for these shapes
             rows = conditions(len(seeds))
             cached = self._graph("unet_cached") if rows.cache_interval > 1 else None
@@ -253,16 +265,20 @@ class Pipeline:
             identity_map = denoiser.run(latents, seeds, float(options.guidance_scale), watch.step)
         return latents, identity_map
 
-    def _decode(self, latents):
-        """Decode latents [B,c,h,w] to RGB uint8 [B,H,W,3]."""
-        engine = self._graph("vae_decoder")
-        with self._stage("load"):  # an engine may compile for this batch
-            planes = bind_new(engine, {"latents": latents})["image"]
-        with self._stage("decode"):
-            engine.run()
-            require(np.isfinite(planes).all(), "the VAE decoder", "give finite pictures", "NaN or infinity: its weights are "
-                    "damaged, or overflow in half precision")
-            return to_image(planes)
+    def _decode(self, latents, tile=None):
+        """Decode latents [B,c,h,w] to RGB uint8 [B,H,W,3], in tiles of `tile` x `tile` latents where given."""
+        engine, scale = self._graph("vae_decoder"), self.bundle.manifest.model.vae_scale_factor
+
+        def decode(part):
+            with self._stage("load"):  # an engine may compile for this batch
+                planes = bind_new(engine, {"latents": part}, H=part.shape[2] * scale, W=part.shape[3] * scale)["image"]
+            with self._stage("decode"):
+                engine.run()
+                require(np.isfinite(planes).all(), "the VAE decoder", "give finite pictures", "NaN or infinity: its weights are "
+                        "damaged, or overflow in half precision")
+            return planes
+
+        return to_image(decode(latents) if tile is None else decode_in_tiles(decode, latents, tile, scale))
 
     def _graph(self, name):
         """Return the engine of a graph, loaded at the first use."""

@@ -72,7 +72,7 @@ def test_a_smaller_limit_makes_smaller_batches(tiny):
     denoise = pipe._denoise
     pipe._denoise = lambda plan, seeds, *rest: rows.append(len(seeds)) or denoise(plan, seeds, *rest)
     expected = images(pipe)
-    pipe._budget._predictor._activations = lambda graph, batch: batch * (100 << 20) if graph == "unet" else 0
+    pipe._budget._predictor._activations = lambda graph, batch, *size: batch * (100 << 20) if graph == "unet" else 0
     pipe._budget._limit = pipe._budget.need(denoise={"batch": 3})
     assert np.abs(images(pipe).astype(int) - expected).max() <= 1 and rows == [2, 1, 1, 1, 1]
 

@@ -20,6 +20,7 @@ from pidiff.caching import keep_deep_features
 from pidiff.model import load_model
 from pidiff.runtime import Identity, Pipeline
 from pidiff.runtime.engines import call
+from pidiff.runtime.sizes import latent_shape
 from pidiff.sampling import encode_prompts, mean_map, sample_latents
 
 PROMPT, NEGATIVE = "a pencil sketch of a person, smiling", "a dark photo"
@@ -55,15 +56,15 @@ def half_regions(side):
     return mask
 
 
-def compare(pair, monkeypatch, people, *, solver, steps=6, seeds=(3, 4), id_mask=None, **options):
+def compare(pair, monkeypatch, people, *, solver, steps=6, seeds=(3, 4), id_mask=None, size=(None, None), **options):
     """Both sides from the same noise; asserts latents, identity map and pictures agree, and returns the latents."""
     pipe, model = pair.pipe, pair.model
     decoded = []
-    monkeypatch.setattr(pipe, "_decode", lambda latents, decode=pipe._decode: decoded.append(latents.copy()) or decode(latents))
+    monkeypatch.setattr(pipe, "_decode", lambda latents, decode=pipe._decode, **tile: decoded.append(latents.copy()) or decode(latents, **tile))
     result = pipe.generate(people or None, PROMPT, NEGATIVE, seed=list(seeds), scheduler=solver, num_inference_steps=steps,
-                           id_mask=id_mask, **options)
+                           id_mask=id_mask, height=size[0], width=size[1], **options)
     monkeypatch.undo()
-    noise = torch.from_numpy(_C.randn(list(seeds), pipe.bundle.manifest.model.latent_shape))
+    noise = torch.from_numpy(_C.randn(list(seeds), latent_shape(pipe.bundle, *size)))
     if "level_scale" in options:
         options["level_scale"] = torch.tensor(options["level_scale"])
     latents, maps = sample_latents(
@@ -95,6 +96,17 @@ def test_whole_picture_of_two_people_in_regions(pairs, monkeypatch, name):
                     level_scale=(1.0, 0.5, 1.5, 0.0), id_start=0.34)
     swapped = compare(pair, monkeypatch, pair.people[::-1], solver="dpmpp_2m", guidance_scale=2.0, id_mask=mask, id_scale=0.8)
     assert np.abs(first - swapped).max() > 1e-3, "who is where must matter"
+
+
+@pytest.mark.parametrize("size", [(32, 48), (64, 16)])
+def test_pictures_of_other_sizes(pairs, monkeypatch, size):
+    """height x width; the regions are given at the size of the latents."""
+    pair = pairs("standard23")
+    _, h, w = latent_shape(pair.pipe.bundle, *size)
+    mask = np.zeros((2, h, w), np.float32)
+    mask[0, :h // 2], mask[1, h // 2:] = 1, 1
+    latents = compare(pair, monkeypatch, pair.people, solver="dpmpp_2m", size=size, id_mask=mask, cache_interval=2)
+    assert latents.shape[2:] == (h, w)
 
 
 @pytest.mark.parametrize("interval", [(0.2, 0.7), (0.0, 0.5), (0.5, 1.0)])

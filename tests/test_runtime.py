@@ -562,7 +562,7 @@ def test_full_disk_for_real(tiny, photo, tmp_path):
 def test_ctrl_c_for_real(tiny, photo, tmp_path):
     code = ("import sys, os, signal; from pidiff.runtime import pipeline; from pidiff.runtime.__main__ import generate\n"
             "old = pipeline.Pipeline._decode\n"
-            "pipeline.Pipeline._decode = lambda *a: (os.kill(os.getpid(), signal.SIGINT), old(*a))[1]\n"
+            "pipeline.Pipeline._decode = lambda *a, **b: (os.kill(os.getpid(), signal.SIGINT), old(*a, **b))[1]\n"
             "sys.exit(generate(sys.argv[1:]))")
     done = subprocess_run(code, *arguments(tiny, photo, tmp_path / "out.png"))
     assert done.returncode == 130 and done.stderr.strip() == "pidiff-generate: stopped" and os.listdir(tmp_path) == ["in"]

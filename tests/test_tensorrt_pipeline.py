@@ -193,6 +193,6 @@ def test_the_gpu_check_compares_and_times(folder, gpu, capsys, monkeypatch):
     times = said["milliseconds"]
     assert 0 < times["wait"] < times["run"] < times["step"] and times["engine"] + times["wait"] == pytest.approx(times["run"], abs=1e-3)
     decode = Pipeline._decode
-    wrong = lambda self, latents: 255 - decode(self, latents) if self._compiled else decode(self, latents)
+    wrong = lambda self, latents, **tile: 255 - decode(self, latents) if self._compiled else decode(self, latents)
     monkeypatch.setattr(Pipeline, "_decode", wrong)
     assert benchmark.main(arguments) == 1 and "the picture must be ONNX Runtime's" in capsys.readouterr().err
