@@ -187,7 +187,7 @@ def test_autoencoder_draws_photos_better(people):
 
 
 def test_codes_get_only_the_errors_they_do_not_have():
-    from pidiff.train.__main__ import excess_errors
+    from pidiff.train.stages import excess_errors
     rng = np.random.default_rng(0)
     known, unseen = rng.normal(0, 3, (50, 2, 512)), rng.normal(0, 5, (20, 2, 512))
     assert excess_errors(known, unseen).std() == pytest.approx(4, rel=0.02)
@@ -296,7 +296,7 @@ def test_logs_hold_losses(trained):
 
 def test_directions_are_the_datas_and_the_encoders_own(trained, people):
     from pidiff.model import load_encoder
-    from pidiff.train.__main__ import edit_directions
+    from pidiff.train.stages import edit_directions
     from pidiff.train.base import encoder_bank
     encoder = load_encoder(trained / "w_plus_encoder")
     moves = edit_directions(people, encoder)
