@@ -168,11 +168,12 @@ def test_pictures(bundles, name, precision):
     other = Pipeline.from_bundle(bundles[name], engine="onnxruntime", threads=1)
     me, options = somebody(pipe), {"num_inference_steps": 2}
     assert np.allclose(me.w_plus, somebody(other).w_plus, atol=2e-3 if name == "fp16" else 1e-4)
-    levels = {"full": 3 if name == "fp16" else 1, "auto": 8 if BFLOAT16 else 1}[precision]
+    levels = {"full": 3 if name == "fp16" else 1, "auto": 12 if BFLOAT16 else 1}[precision]       # the worst pixel of three pictures
     result = pipe.generate(me, PROMPT, seed=[5, 6, 2**40], **options)
     expected = other.generate(me, PROMPT, seed=[5, 6, 2**40], **options)
     assert result.engine == "openvino"
-    assert np.abs(np.array(result.images, int) - expected.images).max() <= levels
+    difference = np.abs(np.array(result.images, int) - expected.images)
+    assert difference.max() <= levels and difference.mean() <= max(1, levels / 8)
     assert np.abs(result.identity_map - expected.identity_map).max() <= levels / 100
     for seed, image in zip([5, 6], result.images):
         assert np.abs(pipe.generate(me, PROMPT, seed=seed, **options).images[0].astype(int) - image).max() <= 2 * levels
