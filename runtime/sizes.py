@@ -17,12 +17,12 @@ def latent_shape(bundle, height=None, width=None):
     own, free = model.image_size, is_free(bundle)
     config = bundle.json("unet/config.json") if "unet/config.json" in bundle.manifest.files else {}
     unit = model.vae_scale_factor * 2 ** (len(config.get("block_out_channels", (0,))) - 1)
-    for name, pixels in (("height", height), ("width", width)):
-        whole = pixels is None or isinstance(pixels, (int, np.integer)) and not isinstance(pixels, bool)
-        require(free or pixels is None or whole and pixels == own, name, f"be {own} for this bundle, whose graphs have a fixed size", repr(pixels))
-        require(pixels is None or whole and unit <= pixels <= LARGEST and pixels % unit == 0, name,
-                f"be a multiple of {unit} up to {LARGEST}", repr(pixels))
-    return (model.latent_channels, *((own if n is None else int(n)) // model.vae_scale_factor for n in (height, width)))
+    sizes = [own if pixels is None else pixels for pixels in (height, width)]
+    for name, pixels in zip(("height", "width"), sizes):
+        require(free or pixels == own, name, f"be {own} for this bundle, whose graphs have a fixed size", repr(pixels))
+        whole = isinstance(pixels, (int, np.integer)) and not isinstance(pixels, bool)
+        require(whole and unit <= pixels <= LARGEST and pixels % unit == 0, name, f"be a multiple of {unit} up to {LARGEST}", repr(pixels))
+    return (model.latent_channels, *(int(pixels) // model.vae_scale_factor for pixels in sizes))
 
 
 def is_free(bundle):

@@ -1,6 +1,6 @@
 """Distillation into few steps: the algebra of one step, the teacher's path against diffusers' sampler, and the stage."""
 
-import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pidiff.data.people import load_people
 from pidiff.model import load_model
-from pidiff.sampling import make_scheduler, sample_latents
+from pidiff.sampling import encode_prompts, make_scheduler, sample_latents
 from pidiff.train.__main__ import main
 from pidiff.train.base import clean_latents
 from pidiff.train.distill import DistillLoss, DistillOptions, clean_for_step, ddim_step, output_for
@@ -49,17 +49,14 @@ def test_the_teachers_path_is_the_samplers(trained, people):
     not even where their number does not divide 1000)."""
     student, teacher = load_model(trained), load_model(trained)
     loss = DistillLoss(student, teacher, people, 2, options=DistillOptions(few_steps=1, substeps=5, guidance_scale=2.0))
-    task, begin, empty = loss.draw(np.random.default_rng(0))
-    task.id_scale[:] = 1
-    noise = torch.randn(task.noisy.shape)
+    task = loss.draw(np.random.default_rng(0))
+    assert (task.timesteps == 999).all()
     prompt = "a photo of a person, blue background"
-    from dataclasses import replace
-
-    from pidiff.sampling import encode_prompts
     with torch.no_grad():
         embeds = encode_prompts(student, [prompt] * 2)
-    landed, to = loss.guide(replace(task, noisy=noise, prompt_embeds=embeds), begin, empty)
-    expected, _ = sample_latents(teacher, task.w_plus, prompt, num_inference_steps=5, guidance_scale=2.0, solver="ddim", latents=noise)
+    task = replace(task, noisy=torch.randn(task.noisy.shape), prompt_embeds=embeds, id_scale=torch.ones(2))
+    landed, to = loss.guide(task)
+    expected, _ = sample_latents(teacher, task.w_plus, prompt, num_inference_steps=5, guidance_scale=2.0, solver="ddim", latents=task.noisy)
     assert (to == 1).all()
     torch.testing.assert_close(landed, expected, rtol=1e-3, atol=1e-3)
 
@@ -110,4 +107,3 @@ def test_the_stage_changes_the_unet_alone(trained, people_folder, tmp_path, caps
 def test_wrong_use_is_one_sentence(arguments, sentence, people_folder, tmp_path, capsys):
     assert main([*arguments, "--data", str(people_folder), "--model", str(tmp_path / "m")]) == 1
     assert capsys.readouterr().err == f"pidiff-train: {sentence}\n"
-    shutil.rmtree(tmp_path / "m", ignore_errors=True)

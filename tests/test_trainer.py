@@ -38,6 +38,11 @@ def test_precision_is_measured_and_kept(tmp_path, monkeypatch):
     with torch.no_grad():               # as where latents are made
         assert precision.fastest_precision("cpu") in ("bf16", "fp32")
 
+    monkeypatch.setattr(precision.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(precision.dist, "broadcast_object_list", lambda box, source: box.__setitem__(0, "bf16"))
+    assert precision.agreed("fp32") == "bf16", "the first process decides"
+    monkeypatch.undo()
+
     def run(steps, **options):
         model = torch.nn.Linear(32, 32)
         t = Trainer(model, torch.nn.Linear(32, 32), TrainConfig(steps=steps, batch_size=1, **options), tmp_path, lambda *_: None)

@@ -75,15 +75,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for f in dataclasses.fields(TrainConfig):
         kind = float if f.name == "minutes" else type(f.default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help=f"default: {f.default} or the stage's preset")
-    chosen = {}
-    for stage, options, what in (("adapter", AdapterOptions, "terms of the adapter stage's loss (0 switches one off)"),
-                                 ("distill", DistillOptions, "what the distill stage imitates")):
+    for options, what in ((AdapterOptions, "terms of the adapter stage's loss (0 switches one off)"),
+                          (DistillOptions, "what the distill stage imitates")):
         group = parser.add_argument_group(what)
         for f in dataclasses.fields(options):
             group.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"default: {f.default}")
-        chosen[stage] = options
     args = parser.parse_args(argv)
-    args.terms, args.distill = (_given(args, stage, options) for stage, options in chosen.items())
+    args.terms, args.distill = _given(args, "adapter", AdapterOptions), _given(args, "distill", DistillOptions)
     if args.keep_mapper and args.stage not in ("base", "adapter"):
         raise ValueError(f"keep-mapper must be given to the base or adapter stage, got it for {args.stage}")
     if args.with_mapper and args.stage != "encoder":

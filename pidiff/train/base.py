@@ -183,12 +183,16 @@ class BaseLoss:
                 step += rng.normal(0, MOVES[name]) * self.people.directions[name]
         return step
 
+    def timesteps(self, count: int, rng: np.random.Generator) -> Tensor:
+        """Timesteps [count] to train at."""
+        return training_timesteps(count, self.alphas_cumprod)
+
     def draw(self, rng: np.random.Generator) -> "Task":
         """A batch with noise added and its conditions."""
         latents, masks, captions, indices = self.batch(rng)
         w_plus, id_scale = self.codes(indices, captions, rng)
         prompt_embeds = encode_prompts(self.model, captions)
-        timesteps = training_timesteps(len(latents), self.alphas_cumprod)
+        timesteps = self.timesteps(len(latents), rng)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy, target = add_noise(self.model.scheduler, latents, torch.randn_like(latents), alpha)
         return Task(noisy, timesteps, target, masks, prompt_embeds, w_plus, id_scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.people import People
 from ..model import Model
 from ..sampling import encode_prompts, make_scheduler
-from .base import BaseLoss, BaseOptions, EncoderCodes, Task, add_noise, clean_latents
+from .base import BaseLoss, BaseOptions, EncoderCodes, Task, clean_latents
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def clean_for_step(noisy: Tensor, landed: Tensor, alpha: Tensor, to: Tensor) -> 
 
 
 class DistillLoss(BaseLoss):
-    """See the module docstring; pictures, captions and codes are drawn as in the base stage, every picture with a person or nobody.
+    """See the module docstring; batches are drawn as in the base stage, at the student's timesteps and without null identities.
 
     student and teacher: whole models that differ in their UNets' weights.
     """
@@ -60,37 +60,32 @@ class DistillLoss(BaseLoss):
         super().__init__(student, people, batch_size, codes, BaseOptions(id_null=0.0))
         self.teacher, self.distill = teacher, options
         scheduler = make_scheduler(student.scheduler, "ddim", options.few_steps * options.substeps)
-        self.timesteps = scheduler.timesteps.to(self.device)
-        self.alphas = torch.cat([self.alphas_cumprod[self.timesteps], scheduler.final_alpha_cumprod.view(1).to(self.device)])
+        self.path = scheduler.timesteps.to(self.device)             # the teacher's timesteps; the student's are every `substeps`-th
+        self.alphas = torch.cat([self.alphas_cumprod[self.path], scheduler.final_alpha_cumprod.view(1).to(self.device)])
 
-    def draw(self, rng: np.random.Generator) -> tuple[Task, Tensor, Tensor]:
-        """A batch at the student's timesteps, the teacher's step [B] that each begins at, and the empty prompts' embeddings."""
-        latents, masks, captions, indices = self.batch(rng)
-        w_plus, id_scale = self.codes(indices, captions, rng)
-        begin = torch.from_numpy(rng.integers(self.distill.few_steps, size=len(latents))).to(self.device) * self.distill.substeps
-        noisy, target = add_noise(self.model.scheduler, latents, torch.randn_like(latents), self.alphas[begin].view(-1, 1, 1, 1))
-        embeds, empty = encode_prompts(self.model, captions), encode_prompts(self.model, [""]).expand(len(latents), -1, -1)
-        return Task(noisy, self.timesteps[begin], target, masks, embeds, w_plus, id_scale), begin, empty
+    def timesteps(self, count: int, rng: np.random.Generator) -> Tensor:
+        return self.path[::self.distill.substeps][torch.from_numpy(rng.integers(self.distill.few_steps, size=count)).to(self.device)]
 
     @torch.no_grad()
-    def guide(self, task: Task, begin: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    def guide(self, task: Task) -> tuple[Tensor, Tensor]:
         """Where the teacher's guided steps lead to [B, C, h, w], and the signal power there [B, 1, 1, 1]."""
         adapter, noisy, scale = self.teacher.adapter, task.noisy, self.distill.guidance_scale
+        begin = (task.timesteps[:, None] == self.path).int().argmax(1)
         tokens = adapter.mapper(torch.cat([torch.zeros_like(task.w_plus), task.w_plus]))
-        prompts = torch.cat([empty, task.prompt_embeds])
+        prompts = torch.cat([encode_prompts(self.model, [""]).expand(len(noisy), -1, -1), task.prompt_embeds])
         for step in range(self.distill.substeps):
             alpha, to = (self.alphas[begin + step + i].view(-1, 1, 1, 1) for i in (0, 1))
             with adapter.condition(tokens, task.id_scale.repeat(2)):
-                output = self.teacher.unet(noisy.repeat(2, 1, 1, 1), self.timesteps[begin + step].repeat(2), prompts).sample.float()
+                output = self.teacher.unet(noisy.repeat(2, 1, 1, 1), self.path[begin + step].repeat(2), prompts).sample.float()
             without, with_ = output.chunk(2)
             clean = clean_latents(self.model.scheduler, noisy, without + scale * (with_ - without), alpha)
             noisy = ddim_step(noisy, clean, alpha, to)
         return noisy, to
 
     def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
-        task, begin, empty = self.draw(rng)
-        landed, to = self.guide(task, begin, empty)
-        alpha = self.alphas[begin].view(-1, 1, 1, 1)
+        task = self.draw(rng)
+        landed, to = self.guide(task)
+        alpha = self.alphas_cumprod[task.timesteps].view(-1, 1, 1, 1)
         target = output_for(self.model.scheduler, task.noisy, clean_for_step(task.noisy, landed, alpha, to), alpha)
         output, _ = self.predict(task, task.w_plus, task.id_scale)
         loss = ((output - target).square() * self.weight(task) * self.window).mean()

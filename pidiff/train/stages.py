@@ -64,7 +64,7 @@ def train_encoder(args, people: People) -> None:
     if args.with_mapper:
         return train_autoencoder(args, people)
     from ..w_plus_encoder import WPlusEncoder
-    from .face import EncoderLoss, encoder_scores
+    from .face import EncoderLoss
     from .mapper import load_renderer
     model, file = WPlusEncoder(W_PLUS_MINI), args.model / "w_plus_encoder" / "model.safetensors"
     if not _start_from(model, file):
@@ -80,8 +80,14 @@ def train_encoder(args, people: People) -> None:
     mapper = args.model / "mapper" / "model.safetensors"
     renderer = load_renderer(mapper).to(args.config.device) if mapper.is_file() else None
     trainer.run(EncoderLoss(model, people, args.config.batch_size, args.config.device, renderer))
-    save_file(edit_directions(people, trainer.ema.cpu().eval()), args.model / "directions.safetensors")
-    print("held-out", encoder_scores(trainer.ema.cpu().eval(), load_people(args.data, SIZES["encoder"], "validation")))
+    _finish_encoder(args, people, trainer.ema)
+
+
+def _finish_encoder(args, people: People, encoder: torch.nn.Module) -> None:
+    """Write the directions that go with a trained encoder, and say what it does on held-out people."""
+    from .face import encoder_scores
+    save_file(edit_directions(people, encoder.cpu().eval()), args.model / "directions.safetensors")
+    print("held-out", encoder_scores(encoder, load_people(args.data, SIZES["encoder"], "validation")))
 
 
 def edit_directions(people: People, encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -175,7 +181,7 @@ def train_mapper(args, people: People) -> None:
 
 def train_autoencoder(args, people: People) -> None:
     """Encoder stage with the mapper: both are written."""
-    from .face import AutoencoderLoss, FaceAutoencoder, encoder_scores
+    from .face import AutoencoderLoss, FaceAutoencoder
     from .mapper import white_latents
     if not (args.model / "mapper").is_dir() and not (args.model / "adapter").is_dir():
         raise ValueError(f"with-mapper must be given with a mapper to train, got neither mapper/ nor adapter/ in {args.model}")
@@ -192,9 +198,7 @@ def train_autoencoder(args, people: People) -> None:
     for part in (*encoder.styles[1:].parameters(), *(renderer.language() if read else ())):
         part.requires_grad_(False)
     trainer.run(AutoencoderLoss(model, people, latents, args.config.batch_size, args.config.device))
-    encoder = trainer.ema.encoder.cpu().eval()
-    save_file(edit_directions(people, encoder), args.model / "directions.safetensors")
-    print("held-out", encoder_scores(encoder, load_people(args.data, SIZES["encoder"], "validation")))
+    _finish_encoder(args, people, trainer.ema.encoder)
 
 
 def train_base(args, people: People) -> None:
