@@ -145,6 +145,12 @@ def test_whole_pictures_equal_pytorch(pairs, monkeypatch, name):
     assert np.abs(on - off).max() > 1e-3
 
 
+def test_cached_features_equal_pytorchs(pairs, monkeypatch):
+    """Two graphs take turns on the same memory, with guidance and without."""
+    parity, pair = pairs("fused", "full")
+    parity.compare(pair, monkeypatch, pair.people[:1], solver="ddim", steps=6, cache_interval=2, guidance_interval=(0.35, 0.7), id_start=0.2)
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("name", ["fused", "standard23"])
 def test_bfloat16_errs_like_pytorchs(pairs, name):

@@ -1,0 +1,48 @@
+"""What benchmarks/run.py measures of the shipped `mini`: enrolment, a cold start to the first picture, and the loop's own time."""
+
+import statistics
+import time
+
+import numpy as np
+
+from . import rivals as table
+
+REPEATS = 5
+
+
+def host_overhead() -> float:
+    """Seconds of a step that are not the engine's: bindings, guidance and solver, for one guided picture of `mini`; by difference of
+    the loop's time and what is spent inside `run` of the UNet's engine."""
+    from pidiff.runtime import Pipeline
+    from pidiff.runtime.images import read_image
+
+    pipeline = Pipeline.from_bundle()
+    person = pipeline.enroll(read_image(table.ROOT / "examples" / "person-1.jpg"))
+    pipeline.generate(person, "a photo of a person", seed=7)
+    engine, spent = pipeline._graph("unet"), []
+    run = engine.run
+
+    def timed():
+        begun = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - begun)
+
+    engine.run, each = timed, []
+    for _ in range(REPEATS):
+        spent.clear()
+        result = pipeline.generate(person, "a photo of a person", seed=7)
+        each.append((result.seconds["denoise"] - sum(spent)) / result.num_inference_steps)
+    return statistics.median(each)
+
+
+def measure_mini(bench) -> dict:
+    """Medians in seconds; cold starts are whole processes, with hashing of the bundle."""
+    from pidiff.model import shipped_mini
+
+    way = table.Way("pidiff mini", "pidiff_worker", job={"model": str(shipped_mini()), "engine": "auto", "precision": "auto", "native": True,
+                                                           "photo": str(table.ROOT / "examples" / "person-1.jpg"), "seed": 7, "preset": "exact"})
+    runs = [bench.draw(way, [20], guidance_scale=3.0) for _ in range(REPEATS)]
+    median = lambda key: statistics.median(r[key] for r in runs)
+    return {"cold_start_to_first_picture_s": median("first_s"), "enroll_cold_s": median("enroll_cold_s"), "enroll_warm_s": median("enroll_warm_s"),
+            "picture_s": statistics.median(r["rows"][0]["seconds"] for r in runs), "peak_bytes": int(np.median([r["peak_bytes"] for r in runs])),
+            "host_overhead_s": host_overhead()}

@@ -1,0 +1,34 @@
+"""PIDiff itself: a bundle through `pidiff.runtime`."""
+
+import time
+
+from protocol import work
+
+
+def load(job):
+    from pidiff.runtime import Pipeline, __file__ as runtime
+
+    pipeline = Pipeline.from_bundle(job["model"], engine=job["engine"], threads=job["threads"], precision=job["precision"])
+    facts = {"version": runtime.rsplit("/", 2)[0], "engine": job["engine"]}
+    people = []
+    if job["identity"]:
+        begun = time.perf_counter()
+        people = [pipeline.enroll(job["photo"])] * job.get("people", 1)
+        facts["enroll_cold_s"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        pipeline.enroll(job["photo"])
+        facts["enroll_warm_s"] = time.perf_counter() - begun
+    regions = None if len(people) < 2 else [(i / len(people), 0, (i + 1) / len(people), 1) for i in range(len(people))]
+    options = {} if job.get("native") else {"height": job["size"], "width": job["size"], "scheduler": "dpmpp_2m"}
+
+    def generate(steps, clock):
+        chosen = {"preset": job["preset"]} if job.get("preset", "exact") != "exact" else {"num_inference_steps": steps}
+        result = pipeline.generate(people or None, job["prompt"], seed=job["seed"], num_images=job["batch"], batch_size=job["batch"],
+                                   guidance_scale=job["guidance_scale"], id_mask=regions, callback=clock.tick, **options, **chosen)
+        facts["engine"], facts["stages"] = result.engine, dict(result.seconds)
+        return result.images
+
+    return generate, facts
+
+
+work(load)

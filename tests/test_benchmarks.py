@@ -1,0 +1,110 @@
+"""The benchmark suite: what it writes for rivals, how it judges pictures, and its arithmetic. Rivals themselves are not run here."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks" / "run.py").is_file():
+    pytest.skip("benchmarks/ is not part of the installed package", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import rivals, run  # noqa: E402
+
+
+def test_names_of_the_first_release_are_read_back():
+    """Every tensor of Stable Diffusion 1.5's UNet and autoencoder gets a name that diffusers' converter turns back."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+    from benchmarks.make_sd15_random import UNET, VAE
+    from benchmarks.single_file import unet_name, vae_name
+
+    with torch.device("meta"):
+        unet, vae = diffusers.UNet2DConditionModel(**UNET), diffusers.AutoencoderKL(**VAE)
+    written = {f"model.diffusion_model.{unet_name(k)}": torch.empty(v.shape, device="meta") for k, v in unet.state_dict().items()}
+    back = convert_ldm_unet_checkpoint(written, dict(unet.config))
+    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in unet.state_dict().items()}
+    written = {f"first_stage_model.{vae_name(k)}": v[..., None, None] if "attentions" in k and v.ndim == 2 else v for k, v in vae.state_dict().items()}
+    assert convert_ldm_vae_checkpoint(written, dict(vae.config)).keys() == vae.state_dict().keys()
+
+
+WORKER = """
+import numpy as np
+from protocol import work
+
+def load(job):
+    def generate(steps, clock):
+        if job.get("broken"):
+            raise RuntimeError("out of luck")
+        for _ in range(steps):
+            clock.tick()
+        return np.load(job["noise"])[:, :3].transpose(0, 2, 3, 1).repeat(8, 1).repeat(8, 2).clip(-1, 1) * 100 + 100 + job.get("shift", 0)
+    return generate, {"version": "none"}
+
+work(load)
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A Bench whose workers draw their noise."""
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    (workers / "protocol.py").write_text((rivals.WORKERS / "protocol.py").read_text())
+    for name in ("pidiff_worker", "other_worker"):
+        (workers / f"{name}.py").write_text(WORKER)
+    monkeypatch.setattr(rivals, "WORKERS", workers)
+    return run.Bench(tmp_path, 1)
+
+
+OURS = [rivals.Way(f"pidiff {p}", "pidiff_worker", job={"precision": "auto", "preset": p}) for p in ("exact", "balanced", "fast")]
+JUDGE = rivals.Way("pidiff exact, full precision", "pidiff_worker", job={"precision": "full"})
+RIVAL = rivals.Way("rival", "other_worker", job={"precision": "fp32"})
+
+
+def test_a_picture_that_differs_is_not_timed(bench):
+    ways = [*OURS, JUDGE, RIVAL, rivals.Way("wrong", "other_worker", job={"precision": "bf16", "shift": 60}),
+            rivals.Way("broken", "other_worker", job={"precision": "fp32", "broken": True}),
+            rivals.Way("own noise", "other_worker", job={"precision": "f16", "shift": 60}, same=False)]
+    found = run.check(bench, ways)
+    assert found["rival"] == found["pidiff exact"] == "inf dB" and found["own noise"].startswith("not comparable")
+    assert found["wrong"].startswith("failed: picture must agree to 25.0 dB, got 1") and "out of luck" in found["broken"]
+
+
+def test_rows_are_medians_and_failures_say_so(bench):
+    broken = dataclasses.replace(RIVAL, name="broken", job={"precision": "fp32", "broken": True})
+    rows = run.measure(bench, [*OURS, RIVAL, broken], rounds=2, quick=True)
+    assert rows["broken"]["picture_s"] is None and "out of luck" in rows["broken"]["error"]
+    row = rows["rival"]
+    assert row["rival"] and row["derived"] and len(row["all"]["picture_s"]) == 2 and len(row["all"]["step_s"]) == 2 * 3
+    assert row["picture_s"] == pytest.approx(row["rest_s"] + run.STEPS * row["step_s"])
+    assert not rows["pidiff fast"]["derived"]                       # few steps are all of its steps
+    report = {"rows": rows, "pictures": {}, "growth": [], "mini": {}, "package_bytes": {}, "environment": run.environment()}
+    for key, need in (("speedup_over_fastest_rival", False), ("speedup_over_fastest_rival_with_identity", True)):
+        report[key] = run.speedups(rows, need)
+    assert json.loads(json.dumps(report)) and "| broken |" in run.markdown(report)
+
+
+def test_speedup_is_over_the_fastest_rival():
+    row = lambda seconds, rival, identity=True: {"rival": rival, "picture_s": seconds, "identity": identity}
+    rows = {"pidiff exact": row(50, False), "pidiff balanced": row(20, False), "pidiff fast": row(10, False), "a": row(100, True), "b": row(60, True, False),
+            "c": row(None, True)}
+    assert run.speedups(rows, False) == {"exact": 1.2, "balanced": 3.0, "fast": 6.0}
+    assert run.speedups(rows, True) == {"exact": 2.0, "balanced": 5.0, "fast": 10.0}
+
+
+def test_pidiff_worker_draws_a_person(tmp_path):
+    """The real worker, `mini`, one step."""
+    from pidiff.model import shipped_mini
+
+    way = rivals.Way("mini", "pidiff_worker", job={"model": str(shipped_mini()), "engine": "onnxruntime", "precision": "auto", "native": True,
+                                                   "photo": str(ROOT / "examples" / "person-1.jpg"), "seed": 7, "preset": "exact"})
+    result = run.Bench(tmp_path, 1).draw(way, [1, 2], keep=str(tmp_path / "picture.npy"))
+    assert "error" not in result and result["engine"] == "onnxruntime" and result["shape"] == [1, 128, 128, 3]
+    assert [len(r["step_s"]) for r in result["rows"]] == [0, 1] and 0 < result["enroll_warm_s"] < result["first_s"]
+    assert np.load(tmp_path / "picture.npy").dtype == np.uint8
