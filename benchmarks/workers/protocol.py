@@ -59,7 +59,7 @@ def work(load):
                 result["first_s"] = time.time() - job["begun"]
                 if job.get("keep"):
                     np.save(job["keep"], pictures)
-        result["shape"] = list(pictures.shape)
+            result["shape"] = list(pictures.shape)
     except BaseException as error:                      # the parent tells, and goes on with others
         result["error"] = f"{type(error).__name__}: {error}"[:400]
         traceback.print_exc()
