@@ -20,6 +20,7 @@ from pidiff.config import save_config
 from pidiff.matting import FaceMatting
 from pidiff.model import Model
 from pidiff.runtime.bundle import Bundle, BundleWriter, GraphSpec, sha256_file, shipped_bundle
+from pidiff.runtime.schedule import make_schedule
 from pidiff.runtime.signature import SecretKey
 from pidiff.unet import cross_attention_layers
 
@@ -87,6 +88,7 @@ class _Export:
 
     def run(self, writer: BundleWriter):
         torch.manual_seed(0)
+        make_schedule(self.source.config("scheduler"), "ddim", 1)        # what the runtime cannot sample is refused before the work
         self._texts()
         # The UNet's configuration says which size the others are verified at.
         config = self.source.config("unet")

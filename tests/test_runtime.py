@@ -370,15 +370,16 @@ def test_tokens(tiny):
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_noise_schedule_is_diffusers(kind):
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_noise_schedule_is_diffusers(kind, zero_snr):
     diffusers = pytest.importorskip("diffusers")
-    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": kind}
+    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": kind, "rescale_betas_zero_snr": zero_snr}
     expected = diffusers.DDIMScheduler(**config).alphas_cumprod.numpy()
     assert np.abs(alphas_cumprod(config) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("change", [{"beta_schedule": "magic"}, {"beta_start": -1.0}, {"num_train_timesteps": "x"},
-                                    {"trained_betas": [0.1]}, {"rescale_betas_zero_snr": True}, {"steps_offset": 1.5},
+                                    {"trained_betas": [0.1]}, {"rescale_betas_zero_snr": "yes"}, {"steps_offset": 1.5},
                                     {"prediction_type": 3}])
 def test_bad_noise_schedules(change):
     with pytest.raises(BundleError, match="^schedule.json"):
