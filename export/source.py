@@ -63,7 +63,7 @@ class Source:
             raise ExportError(f"--image-encoder must be given with an IP-Adapter file as --adapter and without --encoder, got {got}")
         if not weight_files(self.image_encoder):
             raise ExportError(f"--image-encoder must be a folder with config.json and model.safetensors, got {self.image_encoder}")
-        self.ip_adapter.adapter_config(self.config("unet")["cross_attention_dim"])
+        self.ip_adapter.adapter_config(self.config("unet").get("cross_attention_dim"))
 
     @cached_property
     def ip_adapter(self) -> IPAdapterFile | None:

@@ -321,7 +321,7 @@ class Pipeline:
 
     def _warn_foreign(self, people):
         if any(p.encoder and p.encoder != self.bundle.encoder_id() for p in people):
-            warnings.warn("identity was enrolled with another W+ encoder than this bundle's; enroll the photo again if the "
+            warnings.warn("identity was enrolled with another encoder than this bundle's; enroll the photo again if the "
                           "likeness is poor", stacklevel=3)
         if any(p.tuning and p.tuning.model != self.bundle.adapter_id() for p in people):
             warnings.warn("identity was tuned for other weights than this bundle's; run pidiff-train personalize again if the "

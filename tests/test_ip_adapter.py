@@ -105,23 +105,25 @@ def test_the_image_encoder_is_that_of_transformers(tmp_path, changes):
     torch.testing.assert_close(encoder(faces)[:, 0], clip(normalised(faces)).image_embeds, rtol=1e-5, atol=1e-5)
 
 
-def test_files_of_sd15_have_the_published_shapes(tmp_path):
-    """ViT-H/14 and both kinds at full size, 16 layers, without numbers: names and shapes only."""
+def test_files_of_sd15_have_the_published_shapes():
+    """ViT-H/14 and both kinds at full size, 16 layers: names and shapes, filled with zeros."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
     with torch.device("meta"):
-        clip = ImageEncoder()
+        clip, theirs = ImageEncoder(), CLIPVisionModelWithProjection(CLIPVisionConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, projection_dim=1024))
         resampled = ImageEncoder(ImageEncoderConfig(num_layers=31, num_styles=16, style_dim=768, resampler_layers=4, resampler_width=768, resampler_heads=12))
     assert sum(p.numel() for p in clip.parameters()) == 632_076_800
-    assert clip.state_dict()["vision_model.embeddings.position_embedding.weight"].shape == (257, 1280)
+    assert {k: v.shape for k, v in clip.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items() if "position_ids" not in k}
     with torch.device("meta"):
         kinds = {"plain": files.plain(SD15_CHANNELS, 768, 1024), "plus": files.plus(SD15_CHANNELS, 768, 1280, 16, 768, 12)}
     for kind, count in (("plain", 22_319_616), ("plus", 49_087_488)):
-        proj, layers = kinds[kind].values()
+        proj, layers = ({k: torch.zeros(()).expand(v.shape) for k, v in part.items()} for part in kinds[kind].values())
         file = IPAdapterFile(proj, layers)
         config = file.adapter_config(768)
         assert (config.num_tokens, config.has_null, config.mode) == ({"plain": 4, "plus": 16}[kind], False, "parallel")
-        with torch.device("meta"):
-            adapter = IdentityAdapter(config, SD15_LAYERS)
-        assert len(layers) == 32 and layers["31.to_k_ip.weight"].shape == adapter.layers[15].to_k_id.weight.shape == (1280, 768)
+        adapter = load_ip_adapter(file, IdentityAdapter(config, SD15_LAYERS), torch.zeros(16, 768))
+        assert len(layers) == 32 and adapter.layers[15].to_k_id.weight.shape == (1280, 768) and not adapter.layers[7].to_v_id.weight.any()
         assert sum(v.numel() for part in (proj, layers) for v in part.values()) == count
     names = {k.removeprefix("resampler."): v.shape for k, v in resampled.state_dict().items() if k.startswith("resampler.")}
     assert names == {k: v.shape for k, v in kinds["plus"]["image_proj"].items() if not k.startswith("norm_out")}
