@@ -65,8 +65,9 @@ class WPlusMapper(nn.Module):
     """w_plus [B, L, 512] -> id_embeds [B, T, d]: one map per level group, one shared LayerNorm.
 
     With one token per group and no `mapper_blocks` this is W+ Adapter's mapper (arXiv 2311.17461: bias-free matrices), so its
-    published weights load; with one group and other projections it is IP-Adapter's (`ip_adapter.py`). With blocks it is a synthesis network on the token grid, as StyleGAN's is on pictures: it
-    begins with a learned constant, and each level group goes on from what the coarser ones left.
+    published weights load; with one group and other projections it is IP-Adapter's (`ip_adapter.py`). With blocks it is a
+    synthesis network on the token grid, as StyleGAN's is on pictures: it begins with a learned constant, and each level group
+    goes on from what the coarser ones left.
     """
 
     def __init__(self, config: AdapterConfig):

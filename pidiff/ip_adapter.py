@@ -19,6 +19,10 @@ from .config import AdapterConfig, ImageEncoderConfig
 from .identity import IdentityAdapter
 from .image_encoder import HEAD_DIM, ImageEncoder
 
+# By these, with so many axes, a kind is known and its sizes are told.
+_PLAIN = {"proj.weight": 2, "norm.weight": 1}
+_PLUS = {"latents": 3, "proj_in.weight": 2, "norm_out.weight": 1, "layers.0.0.to_q.weight": 2}
+
 
 @dataclass(frozen=True)
 class IPAdapterFile:
@@ -37,7 +41,7 @@ class IPAdapterFile:
         proj, others = parts["image_proj"], [k for k in raw if not k.startswith(("image_proj.", "ip_adapter."))]
         if others or not all(parts.values()):
             raise CheckpointError(f"IP-Adapter file must hold image_proj and ip_adapter only, got {', '.join((others or list(raw))[:4]) or 'nothing'} in {path}")
-        if not ({"proj.weight", "norm.weight"} <= proj.keys() or {"latents", "proj_in.weight", "norm_out.weight", "layers.0.0.to_q.weight"} <= proj.keys()):
+        if not any(all(getattr(proj.get(k), "ndim", None) == axes for k, axes in kind.items()) for kind in (_PLAIN, _PLUS)):
             raise CheckpointError(f"IP-Adapter file must be a plain one (image_proj.proj) or Plus (image_proj.latents), not FaceID or full-face, "
                                   f"got image_proj.{', image_proj.'.join(list(proj)[:4])} in {path}")
         return cls(proj, parts["ip_adapter"])
@@ -58,6 +62,10 @@ class IPAdapterFile:
     @property
     def token_dim(self) -> int:
         return self.image_proj["norm_out.weight" if self.plus else "norm.weight"].shape[0]
+
+    @property
+    def resampler_layers(self) -> int:
+        return len({k.split(".")[1] for k in self.image_proj if k.startswith("layers.")})
 
     def adapter_config(self, token_dim: int) -> AdapterConfig:
         """Configuration of the identity branch for a UNet with text of width `token_dim`."""
@@ -87,21 +95,13 @@ def load_ip_adapter(file: IPAdapterFile, adapter: IdentityAdapter, nobody: Tenso
 
 def load_image_encoder(folder: Path, file: IPAdapterFile) -> ImageEncoder:
     """A transformers CLIPVisionModelWithProjection folder as the encoder of faces for an IP-Adapter file, loaded strictly."""
-    vision = _vision_config(folder)
-    last = vision["num_hidden_layers"] - file.plus             # Plus reads the features before the last layer
-    config = ImageEncoderConfig(
-        vision["image_size"], vision["patch_size"], vision["hidden_size"], vision["intermediate_size"], last, vision["num_attention_heads"],
-        vision["hidden_act"], vision["layer_norm_eps"], file.tokens if file.plus else 1, file.token_dim if file.plus else vision["projection_dim"],
-        *(_resampler_sizes(file) if file.plus else ()))
-    if file.image_width != vision["hidden_size" if file.plus else "projection_dim"]:
-        raise CheckpointError(f"image encoder must give numbers of width {file.image_width}, which the IP-Adapter file reads, got "
-                              f"{vision['hidden_size' if file.plus else 'projection_dim']} in {folder}")
+    config = _encoder_config(folder, file)
     encoder, state = ImageEncoder(config), {}
     for path in weight_files(folder):
         state |= read_tensors(path)
     state.pop("vision_model.embeddings.position_ids", None)     # older transformers stored it
     if file.plus:
-        unused = (f"vision_model.encoder.layers.{last}.", "vision_model.post_layernorm.", "visual_projection.")
+        unused = (f"vision_model.encoder.layers.{config.num_layers}.", "vision_model.post_layernorm.", "visual_projection.")
         state = {k: v for k, v in state.items() if not k.startswith(unused)}
         state |= {f"resampler.{k}": v for k, v in file.image_proj.items() if not k.startswith("norm_out.")}
         state["nobody"] = torch.zeros_like(encoder.nobody)
@@ -109,6 +109,25 @@ def load_image_encoder(folder: Path, file: IPAdapterFile) -> ImageEncoder:
     if file.plus:
         encoder.measure_nobody()
     return encoder
+
+
+def _encoder_config(folder: Path, file: IPAdapterFile) -> ImageEncoderConfig:
+    vision = _vision_config(folder)
+    width, side = vision["hidden_size" if file.plus else "projection_dim"], vision["image_size"]
+    if width != file.image_width:
+        raise CheckpointError(f"image encoder must give numbers of width {file.image_width}, which the IP-Adapter file reads, got {width} in {folder}")
+    if side % 32:
+        raise CheckpointError(f"image encoder must read pictures whose side 32 divides, as the network that removes their background does, got "
+                              f"{side} in {folder}")
+    code = {"num_styles": 1, "style_dim": width}
+    if file.plus:
+        code = {"num_styles": file.tokens, "style_dim": file.token_dim, "resampler_layers": file.resampler_layers,
+                "resampler_width": file.image_proj["latents"].shape[2],
+                "resampler_heads": file.image_proj["layers.0.0.to_q.weight"].shape[0] // HEAD_DIM}
+    # Plus reads the features before the last layer.
+    return ImageEncoderConfig(
+        side, vision["patch_size"], vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"] - file.plus,
+        vision["num_attention_heads"], vision["hidden_act"], vision["layer_norm_eps"], **code)
 
 
 def _vision_config(folder: Path) -> dict:
@@ -122,9 +141,3 @@ def _vision_config(folder: Path) -> dict:
         return CLIPVisionConfig.from_dict(config).to_dict()
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"image encoder must be a folder of a CLIPVisionModelWithProjection, got {folder} ({str(error)[:100]})") from error
-
-
-def _resampler_sizes(file: IPAdapterFile) -> tuple[int, int, int]:
-    """Layers, width and heads."""
-    layers = {k.split(".")[1] for k in file.image_proj if k.startswith("layers.")}
-    return len(layers), file.image_proj["latents"].shape[2], file.image_proj["layers.0.0.to_q.weight"].shape[0] // HEAD_DIM

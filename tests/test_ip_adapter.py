@@ -19,6 +19,7 @@ from tiny_model import make_unet, shared
 
 from pidiff.checkpoint import CheckpointError
 from pidiff.config import ImageEncoderConfig
+from pidiff.evaluate.generators import BundleGenerator
 from pidiff.export.__main__ import main
 from pidiff.export.bundle import ExportOptions, export_bundle
 from pidiff.export.source import Source
@@ -97,7 +98,7 @@ def test_the_unet_is_that_of_diffusers(published):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, {"hidden_act": "quick_gelu", "image_size": 48, "num_hidden_layers": 1}])
+@pytest.mark.parametrize("changes", [{}, {"hidden_act": "quick_gelu", "image_size": 96, "num_hidden_layers": 1}])
 def test_the_image_encoder_is_that_of_transformers(tmp_path, changes):
     clip = files.write_image_encoder(tmp_path, **changes)
     encoder = load_image_encoder(tmp_path, IPAdapterFile.read(files.write(tmp_path / "a.bin", files.plain(CHANNELS))))
@@ -181,7 +182,7 @@ def test_a_photo_becomes_a_small_file(bundles, tmp_path):
     assert (tmp_path / "me.safetensors").stat().st_size < 20_000
     person = Identity.load(tmp_path / "me.safetensors")
     assert pipe.generate(person, "a person", seed=1, num_inference_steps=1).identity_map is None
-    assert pipe.directions == {}
+    assert pipe.directions == {} and BundleGenerator(bundles("plus"), "onnxruntime", None, None).levels == ()
     for call, sentence in (
             (lambda: pipe.generate(person, "a person", level_scale=(1, 1, 0, 1)), r"level_scale must be all ones for this bundle, .*, got \(1, 1, 0, 1\)"),
             (lambda: pipe.fold(person, (2, 1, 1, 1)), "level_scale must be all ones"),
@@ -213,6 +214,7 @@ FACE_ID = {"proj.0.weight": torch.zeros(2, 2), "proj.2.weight": torch.zeros(2, 2
     (lambda s: s.pop("ip_adapter"), "must hold image_proj and ip_adapter only, got image_proj"),
     (lambda s: s.update(w_proj={"a": torch.zeros(1)}), r"must hold image_proj and ip_adapter only, got w_proj\.a"),
     (lambda s: s.update(image_proj=FACE_ID), "plain one .* or Plus .* not FaceID or full-face, got image_proj.proj.0.weight"),
+    (lambda s: s["image_proj"].update({"proj.weight": torch.zeros(64)}), "must be a plain one"),
     (lambda s: s["ip_adapter"].pop("3.to_v_ip.weight"), "ip_adapter must have exactly .* got missing 1.to_v_id.weight"),
     (lambda s: s["ip_adapter"].update({"2.to_k_ip.weight": torch.zeros(1)}), r"unexpected 2.to_k_ip.weight \(of the file\)"),
     (lambda s: s["image_proj"].pop("proj.bias"), "image_proj must have exactly .* got missing proj_0.bias"),
@@ -240,9 +242,12 @@ def test_wrong_image_encoders(tmp_path):
     with pytest.raises(CheckpointError, match="image encoder must have exactly .* got missing resampler.layers.2.0.norm1.bias"):
         load_image_encoder(folder, IPAdapterFile(*resampled.values()))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "clip"}))
-    with pytest.raises(CheckpointError, match=r"folder of a CLIPVisionModelWithProjection, got .* \(model_type clip\)"):
-        load_image_encoder(folder, file)
+    for change, sentence in (({"model_type": "clip"}, r"folder of a CLIPVisionModelWithProjection, got .* \(model_type clip\)"),
+                             ({"hidden_act": "silu"}, "activation must be gelu or quick_gelu, got 'silu'"),
+                             ({"image_size": 80}, "pictures whose side 32 divides, .* got 80")):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=sentence):
+            load_image_encoder(folder, IPAdapterFile(*files.plain(CHANNELS).values()))
 
 
 def test_the_command_says_what_belongs_together(tmp_path, tmp_path_factory, capsys):
