@@ -17,6 +17,7 @@ from test_checkpoint import SD15_CHANNELS, SD15_LAYERS
 from test_parity import Pair, compare
 from tiny_model import make_unet, shared
 
+from pidiff import _C
 from pidiff.checkpoint import CheckpointError
 from pidiff.config import ImageEncoderConfig
 from pidiff.evaluate.generators import BundleGenerator
@@ -30,7 +31,8 @@ from pidiff.model import load_model, with_w_plus
 from pidiff.runtime import Identity, Pipeline
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.faces import to_planes
-from pidiff.unet import attach
+from pidiff.sampling import make_scheduler
+from pidiff.unet import attach, detach
 
 PHOTO = Path(__file__).resolve().parent.parent / "examples" / "person-1.jpg"
 CHANNELS = (16, 16, 16, 32)              # of tiny_model's attn2 layers
@@ -169,6 +171,31 @@ def test_whole_pictures_in_onnx_runtime(bundles, monkeypatch, kind):
     off = compare(pair, monkeypatch, pair.people[:1], id_scale=0.0, **options)
     assert min(np.abs(one - two).max(), np.abs(one - off).max()) > 1e-3
     np.testing.assert_array_equal(off, compare(pair, monkeypatch, [], **options))
+
+
+def test_a_photo_gives_the_picture_of_diffusers_pipeline(bundles, tmp_path_factory):
+    """From the face to the picture, guided: load_ip_adapter's UNet, transformers' image encoder, diffusers' loop."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPVisionModelWithProjection
+
+    pipe, model = Pipeline.from_bundle(bundles("plus"), threads=1), load_model(bundles("plus"))
+    person = pipe.enroll(PHOTO)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 48}
+    images = [pipe.generate(person, "a person", "a dark photo", seed=5, scheduler="ddim", id_scale=scale, **options).images[0] for scale in (0.6, 0.0)]
+    theirs = StableDiffusionPipeline(
+        model.vae, model.text_encoder, model.tokenizer, Source(shared("residual", tmp_path_factory)).unet()[0], make_scheduler(model.scheduler, "ddim", 4),
+        None, None, requires_safety_checker=False)
+    detach(theirs.unet)
+    folder = bundles("plus").parent
+    theirs.unet._load_ip_adapter_weights([torch.load(folder / "plus.bin", weights_only=True)], low_cpu_mem_usage=False)
+    theirs.set_ip_adapter_scale(0.6)
+    theirs.set_progress_bar_config(disable=True)
+    pixels, clip = normalised(torch.from_numpy(to_planes(person.face))), CLIPVisionModelWithProjection.from_pretrained(folder / "clip").eval()
+    with torch.no_grad():
+        nobody, somebody = (clip(p, output_hidden_states=True).hidden_states[-2] for p in (torch.zeros_like(pixels), pixels))
+    expected = theirs("a person", negative_prompt="a dark photo", ip_adapter_image_embeds=[torch.stack([nobody, somebody])], output_type="np",
+                      latents=torch.from_numpy(_C.randn([5], (4, 16, 24))), **options).images[0]
+    assert np.abs(images[0] - 255 * expected).max() < 1.5 and np.abs(images[1] - 255 * expected).max() > 3
 
 
 def test_a_photo_becomes_a_small_file(bundles, tmp_path):
