@@ -15,8 +15,8 @@ from . import engine_commands
 
 EPILOG = """\
 MODEL is a folder in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) with two folders of PIDiff,
-w_plus_encoder/ and adapter/, or the published files --encoder and --adapter in place of these; or one .safetensors file and --layout. A bundle is such a folder
-too, so a bundle can be exported again in another form.
+w_plus_encoder/ and adapter/, or the published files --encoder and --adapter in place of these (an IP-Adapter comes with
+--image-encoder); or one .safetensors file and --layout. A bundle is such a folder too, so a bundle can be exported again in another form.
 
 OUT becomes a bundle: manifest.json (sizes, hashes, parity figures), *.onnx graphs, and the weights as safetensors, which
 the graphs point into. Every graph is run in ONNX Runtime and compared with PyTorch before OUT appears.
@@ -24,6 +24,7 @@ the graphs point into. Every graph is run in ONNX Runtime and compared with PyTo
   pidiff-export mini out/mini-fp16 --fp16                       the shipped model in half precision
   pidiff-export mini out/mini-plain --attention standard        without custom nodes, for any ONNX engine
   pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
+  pidiff-export sd15/ out/ip --adapter ip-adapter_sd15.safetensors --image-encoder image_encoder/ --fp16
   pidiff-export sd15/ out/lcm --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --lora lcm-lora.safetensors \
       --solver lcm --steps 4 --guidance-scale 1                 a model of few steps
   pidiff-export mini out/mini-rtx --fp16 --engine tensorrt-rtx  with engines for RTX cards; no GPU is needed to build them
@@ -44,8 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
                         help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain "
                              "ONNX (implied by --engine)")
     parser.add_argument("--opset", type=int, choices=(18, 23), default=18, help="ONNX opset; 23 has its own Attention node (default 18)")
-    parser.add_argument("--adapter", metavar="FILE", type=Path, help="published W+ Adapter weights (wplus_adapter.bin)")
+    parser.add_argument("--adapter", metavar="FILE", type=Path, help="published W+ Adapter weights (wplus_adapter.bin), or with --image-encoder an "
+                        "IP-Adapter for Stable Diffusion 1 (ip-adapter_sd15, its light, plus and plus-face forms)")
     parser.add_argument("--encoder", metavar="FILE", type=Path, help="published e4e encoder (e4e_ffhq_encode.pt)")
+    parser.add_argument("--image-encoder", metavar="FOLDER", type=Path, help="the image encoder of an IP-Adapter: transformers' folder of "
+                        "a CLIPVisionModelWithProjection (config.json, model.safetensors); in place of --encoder")
     parser.add_argument("--cached-layers", type=int, default=1, metavar="N",
                         help="up layers of the UNet that a step with cached features runs (default 1); 0: no graph for such steps")
     parser.add_argument("--layout", metavar="FOLDER", type=Path,
@@ -110,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(f"pidiff-export needs the extra 'export' (pip install 'pidiff-edge[export]'), got no {error.name}") from error
     single = Path(args.model) if Path(args.model).suffix == ".safetensors" else None
-    source = Source(_folder(args.model, args.layout), args.adapter, args.encoder, single, tuple(map(Lora.parse, args.lora)))
+    source = Source(_folder(args.model, args.layout), args.adapter, args.encoder, single, tuple(map(Lora.parse, args.lora)), args.image_encoder)
     sampling = {"solver": args.solver, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     options = ExportOptions(Form(args.attention or "fused", args.opset), args.fp16, args.name,
                             {k: v for k, v in sampling.items() if v is not None}, args.cached_layers, args.report,

@@ -20,6 +20,7 @@ from pidiff.config import save_config
 from pidiff.matting import FaceMatting
 from pidiff.model import Model
 from pidiff.runtime.bundle import Bundle, BundleWriter, GraphSpec, sha256_file, shipped_bundle
+from pidiff.runtime.schedule import make_schedule
 from pidiff.runtime.signature import SecretKey
 from pidiff.unet import cross_attention_layers
 
@@ -87,6 +88,7 @@ class _Export:
 
     def run(self, writer: BundleWriter):
         torch.manual_seed(0)
+        make_schedule(self.source.config("scheduler"), "ddim", 1)        # what the runtime cannot sample is refused before the work
         self._texts()
         # The UNet's configuration says which size the others are verified at.
         config = self.source.config("unet")
@@ -172,7 +174,8 @@ class _Export:
         unet, adapter = self.source.unet()
         c, outer = adapter.config, self.options.outer
         if (sum(c.groups), c.w_plus_dim) != (self.sizes.layers, self.sizes.style_dim):
-            raise ExportError(f"adapter groups must add up to the encoder's {self.sizes.layers} levels, got {c.groups}")
+            raise ExportError(f"adapter must read the encoder's {self.sizes.layers} levels of {self.sizes.style_dim} numbers, "
+                              f"got groups {c.groups} of {c.w_plus_dim}")
         if unet.config.cross_attention_dim != self.sizes.prompt_dim:
             raise ExportError(f"unet cross_attention_dim must be the text encoder's {self.sizes.prompt_dim}, "
                               f"got {unet.config.cross_attention_dim}")
@@ -242,7 +245,7 @@ class _Export:
             if file.is_file() and file.name.startswith(("LICENSE", "NOTICE", "MODEL_CARD")):
                 shutil.copyfile(file, root / file.name)
         directions = folder / "directions.safetensors"
-        if directions.is_file():
+        if directions.is_file() and self.source.image_encoder is None:      # they are moves in W+
             write_safetensors(root / directions.name, read_tensors(directions), torch.float32, "directions")
 
     # --- steps ---

@@ -90,7 +90,7 @@ class TextConditioner(nn.Module):
 
 
 class IdConditioner(nn.Module):
-    """w_plus [B, L, 512], level_scale [B, 4] -> id_fold [B, F] (`IdentityAdapter.fold`)."""
+    """w_plus [B, L, 512], level_scale [B, G] -> id_fold [B, F] (`IdentityAdapter.fold`)."""
 
     def __init__(self, adapter: IdentityAdapter, dtype: torch.dtype):
         super().__init__()

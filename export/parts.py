@@ -88,7 +88,7 @@ def text_case(clip: nn.Module, sizes: Sizes) -> Case:
     return Case({"input_ids": ids}, (expected,))
 
 
-# --- W+ encoder -----------------------------------------------------------------------------------------------------
+# --- encoder of faces -----------------------------------------------------------------------------------------------
 
 def encoder_graph(encoder: nn.Module, sizes: Sizes, dtype: torch.dtype) -> Graph:
     side = sizes.face_size
@@ -133,7 +133,7 @@ def conditioner_graphs(unet: nn.Module, adapter: IdentityAdapter, sizes: Sizes, 
         Graph("text_conditioner", TextConditioner(unet, dtype), Tensors(("prompt_embeds",), (("B", t, sizes.prompt_dim),)),
               Tensors(("text_kv",), (("B", t, 2 * sum(_channels(unet))),)), dtype),
         Graph("id_conditioner", IdConditioner(adapter, dtype),
-              Tensors(("w_plus", "level_scale"), (("B", sizes.layers, sizes.style_dim), ("B", 4))),
+              Tensors(("w_plus", "level_scale"), (("B", sizes.layers, sizes.style_dim), ("B", len(adapter.config.groups)))),
               Tensors(("id_fold",), (("B", fold_width(unet, adapter)),)), dtype),
         Graph("time_conditioner", TimeConditioner(unet, dtype), Tensors(("timesteps",), (("N",),)),
               Tensors(("time_table",), (("N", time_width(unet)),)), dtype, float32=("timesteps",)),
@@ -164,7 +164,7 @@ def unet_cases(unet: nn.Module, adapter: IdentityAdapter, sizes: Sizes, dtype: t
     embeds = sizes.samples["prompt_embeds"][:batch].to(dtype)
     w_plus = (sizes.samples["latent_avg"] + 0.35 * torch.randn(batch * people, sizes.layers, sizes.style_dim)).to(dtype)
     w_plus[0] = 0                                                        # the unconditional identity
-    levels = (1.5 * torch.rand(batch * people, 4)).to(dtype)
+    levels = (1.5 * torch.rand(batch * people, len(adapter.config.groups))).to(dtype)
     times = torch.tensor(TIMESTEPS)
     text_kv = TextConditioner(unet, torch.float32)(embeds)
     id_fold = adapter.fold(w_plus.float(), levels.float())

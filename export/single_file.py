@@ -44,9 +44,11 @@ class SingleFile:
 
     def check_prediction(self, scheduler: dict) -> None:
         """A file that says how it was trained must agree with the folder's schedule."""
-        marked, type_ = "v_pred" in self._header, scheduler.get("prediction_type", "epsilon")
-        if marked and type_ != "v_prediction":
+        type_, zero_snr = scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+        if "v_pred" in self._header and type_ != "v_prediction":
             raise ExportError(f"scheduler prediction_type must be v_prediction for {self.path}, which says so, got {type_}")
+        if "ztsnr" in self._header and not zero_snr:
+            raise ExportError(f"scheduler rescale_betas_zero_snr must be true for {self.path}, which says so (ztsnr), got {zero_snr}")
 
     def load(self, part: str, config: dict) -> nn.Module:
         """A part as a float32 module, strictly: every tensor of it in the file, and no other."""

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from pidiff.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
-from pidiff.checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, read_tensors
-from pidiff.config import AdapterConfig, WPlusEncoderConfig, from_dict
+from pidiff.checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, read_tensors, weight_files
+from pidiff.config import AdapterConfig, from_dict
 from pidiff.identity import IdentityAdapter
+from pidiff.image_encoder import make_encoder
+from pidiff.ip_adapter import IPAdapterFile, load_image_encoder, load_ip_adapter
 from pidiff.unet import attach
-from pidiff.w_plus_encoder import WPlusEncoder
 
 from .lora import Lora, check, fuse
 from .single_file import PREFIXES, SingleFile
@@ -26,7 +27,8 @@ _IGNORED_KEYS = ("position_ids",)      # buffers that older transformers stored
 
 @dataclass(frozen=True)
 class Source:
-    """A folder in diffusers' layout plus w_plus_encoder/ and adapter/, or published files in place of these two.
+    """A folder in diffusers' layout plus w_plus_encoder/ and adapter/, or published files in place of these two: W+ Adapter's and
+    e4e's, or an IP-Adapter file and `image_encoder`, a folder of transformers.
 
     single_file: a checkpoint with the weights of UNet, VAE and text encoder, which the folder then need not have. loras: are
     fused into UNet and text encoder.
@@ -37,20 +39,35 @@ class Source:
     encoder_file: Path | None = None
     single_file: Path | None = None
     loras: tuple[Lora, ...] = ()
+    image_encoder: Path | None = None
 
     def __post_init__(self):
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             if not (self.folder / name).is_dir():
                 raise ExportError(f"model must be mini or a folder with unet/, vae/, text_encoder/, tokenizer/ and "
                                   f"scheduler/, got {self.folder} without {name}/")
-        for part, file, option in (("adapter", self.adapter_file, "--adapter"), ("w_plus_encoder", self.encoder_file, "--encoder")):
-            if file is None and not (self.folder / part).is_dir():
-                raise ExportError(f"model must have {part}/ or be given {option} FILE, got neither in {self.folder}")
+        if self.image_encoder is not None:
+            self._check_image_encoder()
+        for part, file, option in (("adapter", self.adapter_file, "--adapter FILE"), ("w_plus_encoder", self.encoder_file, "--encoder FILE or --image-encoder FOLDER")):
+            if file is None and not (self.folder / part).is_dir() and not self._given(part):
+                raise ExportError(f"model must have {part}/ or be given {option}, got neither in {self.folder}")
             if file is not None and not file.is_file():
-                raise ExportError(f"{option} must be an existing file, got {file}")
+                raise ExportError(f"{option.split()[0]} must be an existing file, got {file}")
         if self.single_file is not None:
             self.checkpoint.check_prediction(self.config("scheduler"))
         check(self.loras)
+
+    def _check_image_encoder(self) -> None:
+        if self.encoder_file is not None or self.adapter_file is None:
+            got = "none" if self.adapter_file is None else "--encoder too"
+            raise ExportError(f"--image-encoder must be given with an IP-Adapter file as --adapter and without --encoder, got {got}")
+        if not weight_files(self.image_encoder):
+            raise ExportError(f"--image-encoder must be a folder with config.json and model.safetensors, got {self.image_encoder}")
+        self.ip_adapter.adapter_config(self.config("unet").get("cross_attention_dim"))
+
+    @cached_property
+    def ip_adapter(self) -> IPAdapterFile | None:
+        return None if self.image_encoder is None else IPAdapterFile.read(self.adapter_file)
 
     @cached_property
     def checkpoint(self) -> SingleFile | None:
@@ -74,15 +91,11 @@ class Source:
     def weight_files(self, part: str) -> list[Path]:
         """The weights of a part: the full-precision safetensors (or .bin) files, all shards of them."""
         if self._given(part):
-            return [self._given(part)]
+            return self._given(part)
         if self._in_single_file(part):
             return [self.single_file]
-        folder = self.folder / part
-        stems = ("model", "diffusion_pytorch_model", "pytorch_model")
-        for suffix in (".safetensors", ".bin"):
-            files = [f for f in sorted(folder.glob(f"*{suffix}")) if f.name.split("-")[0].removesuffix(suffix) in stems]
-            if files:
-                return files
+        if files := weight_files(self.folder / part):
+            return files
         raise ExportError(f"model must have a weights file in {part}/, got none in {self.folder}")
 
     def stored_dtype(self, part: str) -> torch.dtype:
@@ -101,8 +114,12 @@ class Source:
     def _in_single_file(self, part: str) -> bool:
         return self.single_file is not None and part in PREFIXES
 
-    def _given(self, part: str) -> Path | None:
-        return {"adapter": self.adapter_file, "w_plus_encoder": self.encoder_file}.get(part)
+    def _given(self, part: str) -> list[Path]:
+        """Published files in place of a part; the resampler of IP-Adapter Plus belongs to the encoder."""
+        if part == "w_plus_encoder" and self.image_encoder is not None:
+            return weight_files(self.image_encoder) + [self.adapter_file] * self.ip_adapter.plus
+        file = {"adapter": self.adapter_file, "w_plus_encoder": self.encoder_file}.get(part)
+        return [] if file is None else [file]
 
     def text_encoder(self) -> nn.Module:
         from transformers import CLIPTextModel
@@ -126,16 +143,24 @@ class Source:
         from diffusers import AutoencoderKL
         return self._diffusers(AutoencoderKL, "vae")
 
-    def w_plus_encoder(self) -> WPlusEncoder:
+    def w_plus_encoder(self) -> nn.Module:
+        """The encoder of faces: WPlusEncoder or ImageEncoder."""
+        if self.image_encoder is not None:
+            return load_image_encoder(self.image_encoder, self.ip_adapter)
         if self.encoder_file is not None:
             return load_e4e(self.encoder_file)
-        return self._own(WPlusEncoder(from_dict(WPlusEncoderConfig, self.config("w_plus_encoder"))), "w_plus_encoder")
+        return self._own(make_encoder(self.config("w_plus_encoder")), "w_plus_encoder")
 
     def unet(self) -> tuple[nn.Module, IdentityAdapter]:
         """UNet with the adapter attached."""
         from diffusers import UNet2DConditionModel
 
+        # Before the UNet takes its memory.
+        nobody = self.w_plus_encoder().nobody if self.image_encoder is not None and self.ip_adapter.plus else None
         unet = fuse(self._diffusers(UNet2DConditionModel, "unet"), self.loras, "unet")
+        if self.image_encoder is not None:
+            adapter = attach(unet, self.ip_adapter.adapter_config(unet.config.cross_attention_dim))
+            return unet, load_ip_adapter(self.ip_adapter, adapter, nobody).eval()
         if self.adapter_file is not None:
             config = AdapterConfig(mode="residual", token_dim=unet.config.cross_attention_dim)
             return unet, load_wplus_adapter(self.adapter_file, attach(unet, config)).eval()

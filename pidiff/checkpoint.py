@@ -32,6 +32,16 @@ def read_tensors(path: Path) -> dict:
         raise CheckpointError(f"checkpoint must hold tensors only, got {path} ({type(error).__name__})") from error
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The weights in a folder as diffusers and transformers name them: safetensors, else .bin, all shards; empty where there are none."""
+    stems = ("model", "diffusion_pytorch_model", "pytorch_model")
+    for suffix in (".safetensors", ".bin"):
+        files = [f for f in sorted(folder.glob(f"*{suffix}")) if f.name.split("-")[0].removesuffix(suffix) in stems]
+        if files:
+            return files
+    return []
+
+
 def load_strict(module: nn.Module, state: dict[str, Tensor], name: str) -> nn.Module:
     """`load_state_dict` that names every missing, extra or wrongly shaped key, and refuses non-finite values."""
     want = module.state_dict()
@@ -79,7 +89,8 @@ def load_wplus_adapter(path: Path, adapter: IdentityAdapter) -> IdentityAdapter:
     if adapter.config.mode != "residual":
         raise CheckpointError(f"adapter mode must be residual for W+ Adapter weights, got {adapter.config.mode}")
     if not all(isinstance(raw.get(part), dict) for part in ("w_proj", "wplus_adapter")):
-        raise CheckpointError(f"W+ Adapter checkpoint must have w_proj and wplus_adapter, got {', '.join(map(str, list(raw)[:8]))}")
+        raise CheckpointError("W+ Adapter checkpoint must have w_proj and wplus_adapter (an IP-Adapter file is given with an image encoder), "
+                              f"got {', '.join(map(str, list(raw)[:8]))}")
     load_strict(adapter.mapper, raw["w_proj"], "w_proj")
     names = {f"{2 * n + 1}.to_{p}_wplus.weight": f"{n}.to_{p}_id.weight" for n in range(len(adapter.layers)) for p in "qkv"}
     state = {names.get(k, f"{k} (of the file)"): v for k, v in raw["wplus_adapter"].items()}

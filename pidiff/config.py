@@ -51,11 +51,40 @@ W_PLUS_MINI = WPlusEncoderConfig(input_size=64, num_styles=12, stem_channels=32,
 
 
 @dataclass(frozen=True)
+class ImageEncoderConfig:
+    """CLIP's vision transformer as IP-Adapter reads it; the defaults are ViT-H/14 and its projected embedding.
+
+    `num_layers` are those that run. The code of a face is `num_styles` vectors of `style_dim`, as with the W+ encoder: the
+    projected embedding, or with `resampler_layers` the tokens of IP-Adapter Plus' resampler.
+    """
+
+    input_size: int = 224
+    patch_size: int = 14
+    width: int = 1280
+    inner_width: int = 5120
+    num_layers: int = 32
+    num_heads: int = 16
+    activation: str = "gelu"                   # gelu | quick_gelu
+    norm_eps: float = 1e-5
+    num_styles: int = 1
+    style_dim: int = 1024
+    resampler_layers: int = 0
+    resampler_width: int = 0
+    resampler_heads: int = 0
+
+    def __post_init__(self):
+        if self.activation not in ("gelu", "quick_gelu"):
+            raise ValueError(f"activation must be gelu or quick_gelu, got {self.activation!r}")
+        if self.width % self.num_heads or self.input_size % self.patch_size:
+            raise ValueError(f"width and input_size must be multiples of num_heads and patch_size, got {self.width} and {self.input_size}")
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """Identity branch of one UNet.
 
-    `groups` are the sizes of the W+ level groups (coarse, middle, fine, finest). `tokens_per_group` = 1 with
-    `mode="residual"` is W+ Adapter (Li et al. 2024, arXiv 2311.17461); `parallel` adds the null key. With
+    `groups` are the sizes of the W+ level groups (coarse, middle, fine, finest); a code without levels is one group. `tokens_per_group`
+    = 1 with `mode="residual"` is W+ Adapter (Li et al. 2024, arXiv 2311.17461); `parallel` adds the null key. With
     `mapper_blocks` the mapper is a synthesis network of `mapper_width` channels with so many blocks per level group, not one matrix
     each. With `token_rows` a group's tokens stand for the cells of a grid over the picture, row by row, and the last
     `position_dim` numbers of a token say which cell and group it is: the same for everybody.
@@ -71,16 +100,19 @@ class AdapterConfig:
     mapper_blocks: tuple[int, ...] = ()        # per level group
     token_rows: int = 0
     null_key: bool = True                      # of `parallel`; without it there is no identity map
+    projection: str = "linear"                 # linear | affine (with a bias: IP-Adapter) | none (the code is tokens: its Plus)
 
     def __post_init__(self):
         if self.mode not in ("parallel", "residual"):
             raise ValueError(f"mode must be parallel or residual, got {self.mode!r}")
-        if len(self.groups) != 4 or min(self.groups) < 1:
-            raise ValueError(f"groups must be 4 positive sizes, got {self.groups}")
+        if len(self.groups) not in (1, 4) or min(self.groups) < 1:
+            raise ValueError(f"groups must be 4 positive sizes, or 1 for codes without levels, got {self.groups}")
+        if self.projection not in ("linear", "affine", "none"):
+            raise ValueError(f"projection must be linear, affine or none, got {self.projection!r}")
         if self.token_rows and self.tokens_per_group % self.token_rows:
             raise ValueError(f"tokens_per_group must be a multiple of token_rows {self.token_rows}, got {self.tokens_per_group}")
-        if self.mapper_blocks and (len(self.mapper_blocks) != 4 or min(self.mapper_blocks) < 0 or self.mapper_width % 8 or not self.mapper_width):
-            raise ValueError(f"mapper_blocks must be 4 sizes with a mapper_width that 8 divides, got {self.mapper_blocks} and {self.mapper_width}")
+        if self.mapper_blocks and (len(self.mapper_blocks) != len(self.groups) or min(self.mapper_blocks) < 0 or self.mapper_width % 8 or not self.mapper_width):
+            raise ValueError(f"mapper_blocks must be a size for each group with a mapper_width that 8 divides, got {self.mapper_blocks} and {self.mapper_width}")
         if self.token_dim <= self.position_dim:
             raise ValueError(f"token_dim must be more than the {self.position_dim} numbers of a position, got {self.token_dim}")
 

@@ -65,8 +65,9 @@ class WPlusMapper(nn.Module):
     """w_plus [B, L, 512] -> id_embeds [B, T, d]: one map per level group, one shared LayerNorm.
 
     With one token per group and no `mapper_blocks` this is W+ Adapter's mapper (arXiv 2311.17461: bias-free matrices), so its
-    published weights load. With blocks it is a synthesis network on the token grid, as StyleGAN's is on pictures: it
-    begins with a learned constant, and each level group goes on from what the coarser ones left.
+    published weights load; with one group and other projections it is IP-Adapter's (`ip_adapter.py`). With blocks it is a
+    synthesis network on the token grid, as StyleGAN's is on pictures: it begins with a learned constant, and each level group
+    goes on from what the coarser ones left.
     """
 
     def __init__(self, config: AdapterConfig):
@@ -76,7 +77,8 @@ class WPlusMapper(nn.Module):
         for i, size in enumerate(config.groups):
             inputs = size * config.w_plus_dim
             self.add_module(f"proj_{i}", SynthesisGroup(inputs, config.mapper_blocks[i], config) if config.mapper_blocks
-                            else nn.Linear(inputs, content, bias=False))
+                            else nn.Identity() if config.projection == "none"
+                            else nn.Linear(inputs, content, bias=config.projection == "affine"))
         self.norm = nn.LayerNorm(config.token_dim)
         self.start = nn.Parameter(torch.randn(config.tokens_per_group, config.mapper_width)) if config.mapper_blocks else None
         self.position = nn.Parameter(token_positions(config)) if config.token_rows else None
@@ -169,11 +171,11 @@ class IdentityAdapter(nn.Module):
         self.active: IdentityCondition | None = None
 
     def token_scale(self, level_scale: Tensor) -> Tensor:
-        """Per-level scale [..., 4] -> per-token scale [..., T]."""
+        """Scale per level group [..., G] -> per-token scale [..., T]."""
         return level_scale.repeat_interleave(self.config.tokens_per_group, -1)
 
     def fold(self, w_plus: Tensor, level_scale: Tensor) -> Tensor:
-        """w_plus [B, L, 512], level_scale [B, 4] -> id_fold [B, F]: per layer A then V, flattened."""
+        """w_plus [B, L, 512], level_scale [B, G] -> id_fold [B, F]: per layer A then V, flattened."""
         embeds, scale = self.mapper(w_plus)[:, None], self.token_scale(level_scale)[:, None]
         parts = [part.flatten(1) for layer in self.layers for part in layer.fold(embeds, scale)]
         return torch.cat(parts, 1)
@@ -183,7 +185,7 @@ class IdentityAdapter(nn.Module):
                   id_mask: Tensor | None = None, keep_maps: bool = False):
         """Make UNet calls inside the block see these people.
 
-        id_embeds [B, P, T, d] (or [B, T, d] for one person), id_scale number or [B], level_scale [B, P, 4],
+        id_embeds [B, P, T, d] (or [B, T, d] for one person), id_scale number or [B], level_scale [B, P, G],
         id_mask [B, P, h, w] in [0, 1] at latent size. Yields the condition; its `maps` hold one [B, P, S] per layer.
         """
         if id_embeds.ndim == 3:
@@ -191,7 +193,7 @@ class IdentityAdapter(nn.Module):
         batch, people = id_embeds.shape[:2]
         id_scale = torch.as_tensor(id_scale, dtype=id_embeds.dtype, device=id_embeds.device).expand(batch)
         if level_scale is None:
-            level_scale = id_embeds.new_ones(batch, people, 4)
+            level_scale = id_embeds.new_ones(batch, people, len(self.config.groups))
         self.active = condition = IdentityCondition(id_embeds, id_scale, self.token_scale(level_scale), id_mask,
                                                     [] if keep_maps else None)
         try:

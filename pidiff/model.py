@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .autoencoder import PatchAutoencoder, PatchAutoencoderConfig
 from .checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, read_tensors, save_weights
-from .config import AdapterConfig, WPlusEncoderConfig, from_dict, new_adapter_config, save_config
+from .config import AdapterConfig, from_dict, new_adapter_config, save_config
 from .identity import IdentityAdapter
+from .image_encoder import ImageEncoder, make_encoder
 from .unet import attach
 from .w_plus_encoder import WPlusEncoder
 
@@ -59,7 +60,7 @@ class Model:
     vae: nn.Module                       # PatchAutoencoder or diffusers AutoencoderKL
     tokenizer: object
     scheduler: dict                      # a diffusers scheduler_config.json
-    w_plus_encoder: WPlusEncoder
+    w_plus_encoder: WPlusEncoder | ImageEncoder
     adapter: IdentityAdapter
     directions: dict[str, Tensor]        # name -> [L, 512]; one unit = one standard deviation
 
@@ -116,8 +117,8 @@ def load_vae(folder: Path) -> nn.Module:
     return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
 
 
-def load_encoder(folder: Path) -> WPlusEncoder:
-    return _load_part(folder, WPlusEncoder(from_dict(WPlusEncoderConfig, _folder_config(folder))))
+def load_encoder(folder: Path) -> WPlusEncoder | ImageEncoder:
+    return _load_part(folder, make_encoder(_folder_config(folder)))
 
 
 def _load_text(folder: Path):
@@ -154,6 +155,13 @@ def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Pat
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     return Model(unet, text_encoder, load_vae(folder / "vae"), tokenizer, scheduler, encoder, adapter.eval(),
                  read_tensors(directions_file) if directions_file.is_file() else {})
+
+
+def with_w_plus(model: Model) -> Model:
+    """The model, if its people are W+ codes: training draws, moves and compares these."""
+    if isinstance(model.w_plus_encoder, ImageEncoder):
+        raise CheckpointError("model must have a W+ encoder to be trained, got an image encoder (IP-Adapter)")
+    return model
 
 
 def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> None:

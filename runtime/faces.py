@@ -1,4 +1,4 @@
-"""From a photo to the face that the W+ encoder reads: detect, align to the FFHQ template, remove the background."""
+"""From a photo to the face that the encoder reads: detect, align to the FFHQ template, remove the background."""
 
 import numpy as np
 

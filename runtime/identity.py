@@ -1,4 +1,4 @@
-"""An enrolled person: a W+ code, optionally the aligned face it came from and what tuning has learned, in a small
+"""An enrolled person: a W+ code (or the code of a bundle with another encoder), optionally the aligned face it came from and what tuning has learned, in a small
 safetensors file."""
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ MAX_ABS = 1e4  # W+ codes have entries of a few units; more is a damaged file
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """One person. w_plus: float32 [L, 512]. face: RGB uint8 [E, E, 3] or None. encoder: digest of the W+ encoder. tuning: what
+    """One person. w_plus: float32 [L, 512], or [L, D] of an encoder that is not a W+ encoder (`Pipeline`). face: RGB uint8 [E, E, 3] or None. encoder: digest of the W+ encoder. tuning: what
     `pidiff-train personalize` has changed in the fold, or None; edits keep it as it is."""
 
     w_plus: np.ndarray
@@ -28,8 +28,8 @@ class Identity:
     def __post_init__(self):
         w = self.w_plus
         ok = (isinstance(w, np.ndarray) and w.ndim == 2 and w.dtype == np.float32 and 0 < w.shape[0] <= 64
-              and w.shape[1] == 512)
-        require(ok, "w_plus", "be a float32 array [L, 512]", _describe(w), IdentityError)
+              and 0 < w.shape[1] <= 4096)
+        require(ok, "w_plus", "be a float32 array [L, D] of at most [64, 4096]", _describe(w), IdentityError)
         require(np.isfinite(w).all() and np.abs(w).max() < MAX_ABS, "w_plus", f"be finite and below {MAX_ABS:g}",
                 "values that are not", IdentityError)
         f = self.face
@@ -83,13 +83,15 @@ class Identity:
                 repr(name), IdentityError)
         require(np.isfinite(strength) and abs(strength) <= 20, f"edit {name}", "be a strength in [-20, 20]", strength,
                 IdentityError)
+        require(directions[name].shape == self.w_plus.shape, f"edit {name}", f"be used on codes of shape {list(directions[name].shape)}",
+                list(self.w_plus.shape), IdentityError)
         return replace(self, w_plus=(self.w_plus + np.float32(strength) * directions[name]).astype(np.float32))
 
     def mix(self, other, layers, amount=1.0):
         """Return the identity with the W+ layers listed in `layers` moved towards `other` (amount 1: taken from it). It is
         somebody else then, and has no tuning."""
-        require(self.w_plus.shape == other.w_plus.shape, "other", f"have {len(self.w_plus)} W+ layers", len(other.w_plus),
-                IdentityError)
+        require(self.w_plus.shape == other.w_plus.shape, "other", f"have a code of shape {list(self.w_plus.shape)}",
+                list(other.w_plus.shape), IdentityError)
         layers = sorted({int(i) for i in layers})
         inside = all(0 <= i < len(self.w_plus) for i in layers)
         require(inside, "layers", f"lie in [0, {len(self.w_plus)})", layers, IdentityError)

@@ -70,7 +70,7 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class IdentitySpec:
-    """The identity branch: query mode, tokens per person T, null key or not, groups of W+ levels."""
+    """The identity branch: query mode, tokens per person T, null key or not, groups of W+ levels (1: the code has no levels)."""
 
     mode: str
     tokens: int
@@ -88,7 +88,11 @@ class UNetSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of the model. `image_size` in pixels; latents are [latent_channels, n, n], n = image_size // scale factor."""
+    """Sizes of the model. `image_size` in pixels; latents are [latent_channels, n, n], n = image_size // scale factor.
+
+    A person's code is [w_plus_layers, w_plus_dim], and zeros stand for nobody: a W+ code, or with an IP-Adapter CLIP's embedding
+    [1, D] or the tokens of its resampler, in which the tokens of nobody count as zero. Names are those of W+ in any case.
+    """
 
     latent_channels: int
     image_size: int

@@ -77,13 +77,20 @@ def resolve_seeds(seed, num_images):
     return list(range(first, first + count))
 
 
-def resolve_people(identity, layers):
-    """Return a list of Identity with `layers` W+ layers each; None stands for nobody."""
+def check_levels(level_scale, groups):
+    """Refuse level scales where the code of a person has no W+ levels."""
+    require(groups == 4 or all(value == 1 for value in level_scale), "level_scale", "be all ones for this bundle, whose identities "
+            "have no W+ levels (id_scale sets the strength)", tuple(level_scale))
+
+
+def resolve_people(identity, layers, width):
+    """Return a list of Identity with `layers` W+ layers of `width` numbers each; None stands for nobody."""
     people = [] if identity is None else list(identity) if isinstance(identity, (list, tuple)) else [identity]
     require(len(people) <= MAX_PEOPLE, "identity", f"be at most {MAX_PEOPLE} people", len(people))
     for person in people:
         require(isinstance(person, Identity), "identity", "be an Identity or a list of them", type(person).__name__)
-        require(len(person.w_plus) == layers, "identity", f"have {layers} W+ layers for this bundle", len(person.w_plus))
+        require(person.w_plus.shape == (layers, width), "identity", f"have a code of {layers} x {width} numbers for this bundle",
+                "{} x {}".format(*person.w_plus.shape))
     return people
 
 

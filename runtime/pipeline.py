@@ -18,7 +18,7 @@ from .errors import EngineError, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
 from .memory import STAGE_OF, Budget, give_back
-from .options import Options, resolve_mask, resolve_people, resolve_seeds
+from .options import Options, check_levels, resolve_mask, resolve_people, resolve_seeds
 from .presets import resolve_preset
 from .result import Result
 from .schedule import make_schedule
@@ -113,6 +113,7 @@ class Pipeline:
     def mix(self, identity, other, levels, amount=1.0):
         """Return `identity` with W+ levels ("coarse", "middle", "fine", "finest") moved towards `other`."""
         groups, layers = self.bundle.json("adapter/config.json").get("groups"), []
+        require(len(groups) == len(LEVELS), "levels", "be used with a bundle of W+ codes", f"{levels!r} with one whose identities have no levels")
         for level in [levels] if isinstance(levels, str) else levels:
             require(level in LEVELS, "levels", f"be among {', '.join(LEVELS)}", repr(level))
             start = sum(groups[:LEVELS.index(level)])
@@ -147,7 +148,8 @@ class Pipeline:
         w_plus = np.zeros((model.w_plus_layers, model.w_plus_dim), np.float32) if identity is None else identity.w_plus
         tuning = None if identity is None else identity.tuning
         key = ("fold", hashlib.sha256(np.ascontiguousarray(w_plus)).digest(), tuple(level_scale), tuning)
-        inputs = {"w_plus": w_plus[None], "level_scale": np.array([level_scale], np.float32)}
+        check_levels(level_scale, model.identity.num_groups)
+        inputs = {"w_plus": w_plus[None], "level_scale": np.array([level_scale], np.float32)[:, :model.identity.num_groups]}
 
         def make():
             fold = call(self._graph("id_conditioner"), inputs)["id_fold"]
@@ -189,7 +191,8 @@ class Pipeline:
         cached = "unet_cached" in self.bundle.manifest.graphs
         require(options.cache_interval == 1 or cached, "cache_interval", "be 1 for this bundle, which has no graph unet_cached "
                 "(export it again)", options.cache_interval)
-        people = [self.edit(p, **(edits or {})) for p in resolve_people(identity, model.w_plus_layers)]
+        people = [self.edit(p, **(edits or {})) for p in resolve_people(identity, model.w_plus_layers, model.w_plus_dim)]
+        check_levels(options.level_scale, model.identity.num_groups)
         self._warn_foreign(people)
         seeds = resolve_seeds(seed, num_images)
         shape = latent_shape(self.bundle, height, width)
@@ -318,7 +321,7 @@ class Pipeline:
 
     def _warn_foreign(self, people):
         if any(p.encoder and p.encoder != self.bundle.encoder_id() for p in people):
-            warnings.warn("identity was enrolled with another W+ encoder than this bundle's; enroll the photo again if the "
+            warnings.warn("identity was enrolled with another encoder than this bundle's; enroll the photo again if the "
                           "likeness is poor", stacklevel=3)
         if any(p.tuning and p.tuning.model != self.bundle.adapter_id() for p in people):
             warnings.warn("identity was tuned for other weights than this bundle's; run pidiff-train personalize again if the "

@@ -15,9 +15,10 @@ def alphas_cumprod(config):
     steps, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     numbers = type(steps) is int and 1 < steps <= 100_000 and all(type(b) is float and 0 < b < 1 for b in (start, end))
-    if not numbers or config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
-        raise BundleError("schedule.json must describe betas by beta_schedule, beta_start, beta_end and "
-                          "num_train_timesteps only, got other or unusable values")
+    zero_snr = config.get("rescale_betas_zero_snr") or False
+    if not numbers or config.get("trained_betas") is not None or type(zero_snr) is not bool:
+        raise BundleError("schedule.json must describe betas by beta_schedule, beta_start, beta_end, num_train_timesteps and "
+                          "rescale_betas_zero_snr only, got other or unusable values")
     if kind == "linear":
         betas = np.linspace(start, end, steps)
     elif kind == "scaled_linear":
@@ -27,7 +28,19 @@ def alphas_cumprod(config):
         betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
     else:
         raise BundleError(f"schedule.json beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, got {kind!r}")
-    return np.cumprod(1 - betas)
+    return _end_in_noise(np.cumprod(1 - betas)) if zero_snr else np.cumprod(1 - betas)
+
+
+def _end_in_noise(alphas):
+    """Shift and scale sqrt(alphas) so that the last step is pure noise (Lin et al. 2023, arXiv 2305.08891).
+
+    The last value is diffusers' 2^-24, because a signal of zero has no finite sigma; its DDIM and LCM take zero, and their first step
+    then differs from ours by 2e-4 of the latents.
+    """
+    root = np.sqrt(alphas)
+    alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alphas[-1] = min(2.0**-24, alphas[-2])
+    return alphas
 
 
 def make_schedule(config, solver, num_inference_steps, use_karras_sigmas=None):

@@ -57,6 +57,14 @@ def with_nan(value):
     return value
 
 
+@pytest.mark.parametrize("change, words", [({"prediction_type": "sample"}, "prediction_type must be one of epsilon, v_prediction, got"),
+                                           ({"trained_betas": [0.1]}, "schedule.json must describe betas by")])
+def test_a_schedule_that_the_runtime_cannot_sample(capsys, model, tmp_path, change, words):
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert words in refused(capsys, model, tmp_path / "out")
+
+
 def test_missing_model(capsys, tmp_path):
     assert "MODEL must be mini, an existing folder or a .safetensors file, got" in refused(capsys, tmp_path / "none", tmp_path / "out")
     (tmp_path / "empty").mkdir()

@@ -15,6 +15,8 @@ VENDORS = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", 
 # What the exporter knows of the runtime beside the bundle's format: engines in it, and where they can run.
 ENGINE_BUILDS = ("pidiff.runtime.engine_specs", "pidiff.runtime.engine_store", "pidiff.runtime.preflight", "pidiff.runtime.cuda",
                  "pidiff.runtime.engines.tensorrt", "pidiff.runtime.signature")
+# What the runtime can sample is asked before an export.
+SCHEDULE = ("pidiff.runtime.schedule",)
 # With what the verification report runs graphs and draws its picture: as a user would.
 REPORT = ("pidiff.runtime.engines", "pidiff.runtime.errors", "pidiff.runtime.identity", "pidiff.runtime.images",
           "pidiff.runtime.faces", "pidiff.runtime.pipeline")
@@ -120,7 +122,7 @@ def test_runtime_needs_only_its_dependencies(name):
 @pytest.mark.parametrize("name", [n for n in MODULES if owner(n) == "pidiff.export"])
 def test_export_takes_only_the_bundle_format_from_the_runtime(name):
     wrong = [m for m, _ in imports(name, MODULES[name])
-             if under(m, "pidiff.runtime") and not under(m, "pidiff.runtime.bundle", *ENGINE_BUILDS, *REPORT)]
+             if under(m, "pidiff.runtime") and not under(m, "pidiff.runtime.bundle", *ENGINE_BUILDS, *SCHEDULE, *REPORT)]
     assert not wrong
 
 

@@ -109,6 +109,40 @@ def test_pictures_of_other_sizes(pairs, monkeypatch, size):
     assert latents.shape[2:] == (h, w)
 
 
+@pytest.mark.parametrize("solver, zero_snr", [("ddim", False), ("dpmpp_2m", True), ("euler", True)])
+def test_a_v_prediction_model_draws_what_diffusers_own_pipeline_draws(pairs, monkeypatch, solver, zero_snr):
+    """Guided, without identity, not square: from diffusers' tokens to its latents and picture."""
+    from diffusers import StableDiffusionPipeline
+
+    from pidiff.sampling import make_scheduler
+
+    pair = pairs("standard23")
+    pipe, model = pair.pipe, pair.model
+    sd15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True}
+    config = model.scheduler | (sd15 if zero_snr else {})
+    assert config["prediction_type"] == pipe._schedule_config["prediction_type"] == "v_prediction"
+    monkeypatch.setattr(pipe, "_schedule_config", config)
+    monkeypatch.setattr(pipe, "_kept", type(pipe._kept)(16))
+    result = pipe.generate(None, PROMPT, NEGATIVE, seed=3, num_inference_steps=6, scheduler=solver, guidance_scale=4.0, height=32, width=48)
+    theirs = StableDiffusionPipeline(model.vae, model.text_encoder, model.tokenizer, model.unet, make_scheduler(config, solver, 6), None, None,
+                                     requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(_C.randn([3], latent_shape(pipe.bundle, 32, 48)))
+    expected = theirs(PROMPT, 32, 48, 6, negative_prompt=NEGATIVE, guidance_scale=4.0, latents=noise, output_type="np").images[0]
+    assert np.abs(result.images[0] - 255 * expected).max() < 1.5
+    monkeypatch.setattr(pipe, "_schedule_config", {**config, "prediction_type": "epsilon"})
+    monkeypatch.setattr(pipe, "_kept", type(pipe._kept)(16))
+    other = pipe.generate(None, PROMPT, NEGATIVE, seed=3, num_inference_steps=6, scheduler=solver, guidance_scale=4.0, height=32, width=48)
+    assert np.abs(other.images[0] - 255 * expected).max() > 20, "the prediction type must matter"
+
+
+def test_latents_of_768_by_512_pixels(pairs, monkeypatch):
+    """As many as with an autoencoder of factor 8; this one's is 2."""
+    pair = pairs("standard23")
+    latents = compare(pair, monkeypatch, pair.people[:1], solver="ddim", steps=1, seeds=(3,), guidance_scale=1.0, size=(192, 128))
+    assert latents.shape[2:] == (96, 64)
+
+
 @pytest.mark.parametrize("interval", [(0.2, 0.7), (0.0, 0.5), (0.5, 1.0)])
 def test_guidance_in_a_part_of_the_steps(pairs, monkeypatch, interval):
     pair = pairs("fused")

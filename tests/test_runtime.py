@@ -258,7 +258,7 @@ def test_impossible_arguments(pipe, options, sentence):
     ("me", "identity must be an Identity or a list of them, got str"),
     ([person(1), person(2)], "id_mask must be given for several people, got None"),
     ([person(1)] * 9, "identity must be at most 8 people, got 9"),
-    (person(0, 7), "identity must have 4 W+ layers for this bundle, got 7"),
+    (person(0, 7), "identity must have a code of 4 x 512 numbers for this bundle, got 7 x 512"),
 ])
 def test_impossible_people(pipe, who, sentence):
     with pytest.raises(PidiffError, match="must") as caught:
@@ -304,7 +304,7 @@ GOOD, NOTES = {"w_plus": np.zeros((4, 512), np.float32)}, {"format": "pidiff-ide
     (save({"w": GOOD["w_plus"]}, NOTES), "hold w_plus and at most a face"),
     (save({**GOOD, "more": np.zeros(3, np.float32)}, NOTES), "hold w_plus and at most a face"),
     (save({**GOOD, **{f"t{i}": np.zeros(3) for i in range(300)}}, NOTES), "at most 258 tensors"),
-    (save({"w_plus": np.zeros((4, 511), np.float32)}, NOTES), "w_plus must be a float32 array [L, 512], got float32 [4, 511]"),
+    (save({"w_plus": np.zeros((4, 4097), np.float32)}, NOTES), "w_plus must be a float32 array [L, D] of at most [64, 4096], got float32 [4, 4097]"),
     (save({"w_plus": np.zeros((4, 512))}, NOTES), "w_plus must be a float32 array"),
     (save({"w_plus": np.full((4, 512), np.nan, np.float32)}, NOTES), "w_plus must be finite"),
     (save({"w_plus": np.full((4, 512), 1e30, np.float32)}, NOTES), "w_plus must be finite"),
@@ -370,15 +370,16 @@ def test_tokens(tiny):
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_noise_schedule_is_diffusers(kind):
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_noise_schedule_is_diffusers(kind, zero_snr):
     diffusers = pytest.importorskip("diffusers")
-    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": kind}
+    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": kind, "rescale_betas_zero_snr": zero_snr}
     expected = diffusers.DDIMScheduler(**config).alphas_cumprod.numpy()
     assert np.abs(alphas_cumprod(config) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("change", [{"beta_schedule": "magic"}, {"beta_start": -1.0}, {"num_train_timesteps": "x"},
-                                    {"trained_betas": [0.1]}, {"rescale_betas_zero_snr": True}, {"steps_offset": 1.5},
+                                    {"trained_betas": [0.1]}, {"rescale_betas_zero_snr": "yes"}, {"steps_offset": 1.5},
                                     {"prediction_type": 3}])
 def test_bad_noise_schedules(change):
     with pytest.raises(BundleError, match="^schedule.json"):

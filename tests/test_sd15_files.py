@@ -106,6 +106,9 @@ def test_a_file_that_is_not_the_folders_model(one, tmp_path):
         SingleFile(tmp_path / "none.safetensors")
     save_file({**state, "v_pred": torch.zeros(1)}, tmp_path / "v.safetensors")
     assert Source(layout, single_file=tmp_path / "v.safetensors").config("scheduler")["prediction_type"] == "v_prediction"
+    save_file({**state, "ztsnr": torch.zeros(1)}, tmp_path / "z.safetensors")
+    with pytest.raises(ExportError, match="rescale_betas_zero_snr must be true .* got False"):
+        Source(layout, single_file=tmp_path / "z.safetensors")
     schedule = layout / "scheduler" / "scheduler_config.json"
     before = schedule.read_text()
     schedule.write_text(json.dumps({**json.loads(before), "prediction_type": "epsilon"}))

@@ -15,6 +15,7 @@ class BundleGenerator:
                  require_signature: Path | None = None):
         self.pipeline = Pipeline.from_bundle(folder, engine=engine, require_signature=require_signature)
         self.name = f"bundle {self.pipeline.bundle.manifest.precision} on {self.pipeline.engine}"
+        self.levels = LEVELS if self.pipeline.bundle.manifest.model.identity.num_groups == len(LEVELS) else ()
         self._options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
 
     def enroll(self, photo: np.ndarray):
@@ -44,6 +45,7 @@ class CheckpointGenerator:
         from ..model import load_model
         self.model = load_model(folder)
         self.name = "checkpoint fp32 on PyTorch"
+        self.levels = LEVELS if len(self.model.adapter.config.groups) == len(LEVELS) else ()
         self._steps, self._guidance = steps or 20, 2.5 if guidance_scale is None else guidance_scale
         self._reader = reader_of(self.model.w_plus_encoder.config.input_size)
 

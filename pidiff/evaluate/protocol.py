@@ -137,7 +137,7 @@ class Evaluation:
         switched = self.generator.generate(next_person, text, 0)[0]
         self.records.switched.append((subject.name, metrics.change_outside(image, switched, self.background(image, switched))))
         mask = self.tools.mask(image)
-        for level in LEVELS if i < LEVEL_PEOPLE else ():
+        for level in self.generator.levels if i < LEVEL_PEOPLE else ():
             edited = self.generator.generate(self.generator.mix(person, next_person, level), text, 0)[0]
             change = np.abs(image.astype(np.float32) - edited).mean(-1)
             self.records.levels[level].append((subject.name, metrics.share_inside(change, mask)))

@@ -28,7 +28,7 @@ from pidiff.runtime.tuning import LayerChange, Tuning
 
 from ..data.factors import COLOURS, Factors, caption, composite, paint_background
 from ..identity import IdentityAdapter
-from ..model import Model, load_model
+from ..model import Model, load_model, with_w_plus
 from ..sampling import encode_prompts
 from .augment import misalign
 from .base import add_noise, training_alphas
@@ -173,7 +173,7 @@ def personalize(bundle: Path | None, paths: list, options: PersonalizeOptions = 
     """An Identity for 1 to 10 photos of one person, tuned on the bundle (None: the shipped mini)."""
     pipeline = Pipeline.from_bundle(bundle)
     photos = Photos.read(pipeline, paths)
-    return tuned(load_model(pipeline.bundle.path), photos, options, pipeline.bundle.adapter_id(), progress)
+    return tuned(with_w_plus(load_model(pipeline.bundle.path)), photos, options, pipeline.bundle.adapter_id(), progress)
 
 
 def main(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..checkpoint import load_strict, read_tensors, save_weights
 from ..config import ADAPTER_MINI, W_PLUS_MINI, save_config
 from ..data.people import People, load_people
-from ..model import MINI_SCHEDULER, Model, load_encoder, load_model, load_vae, scale_factor
+from ..model import MINI_SCHEDULER, Model, load_encoder, load_model, load_vae, scale_factor, with_w_plus
 from ..unet import set_processors
 from .adapter import AdapterLoss
 from .common import Trainer, to_tensor
@@ -235,7 +235,7 @@ def _new_adapter(args) -> str | None:
 
 
 def train_adapter(args, people: People) -> None:
-    whole, device = load_model(args.model, encoder_file=args.encoder, new_adapter=_new_adapter(args)), args.config.device
+    whole, device = with_w_plus(load_model(args.model, encoder_file=args.encoder, new_adapter=_new_adapter(args))), args.config.device
     if args.encoder is not None:
         save_weights(whole.w_plus_encoder, args.model / "w_plus_encoder" / "model.safetensors", torch.float16)
         save_config(whole.w_plus_encoder.config, args.model / "w_plus_encoder" / "config.json")
@@ -265,7 +265,7 @@ def train_adapter(args, people: People) -> None:
 def train_decoder(args, people: People) -> None:
     from .base import encoder_bank
     from .decoder import DecoderLoss, DecoderOptions, finishing_error, sample_pairs
-    whole, device = load_model(args.model), args.config.device
+    whole, device = with_w_plus(load_model(args.model)), args.config.device
     for module in (whole.unet, whole.text_encoder, whole.adapter, whole.vae, whole.w_plus_encoder):
         module.to(device).requires_grad_(False)
     vae, options = whole.vae, DecoderOptions()
@@ -290,7 +290,7 @@ def train_distill(args, people: People) -> None:
     if args.teacher is None or args.teacher.resolve() == args.model.resolve():
         raise ValueError(f"teacher must be another model folder than model, got {args.teacher}")
     file = args.model / "unet" / "diffusion_pytorch_model.safetensors"
-    student, teacher = load_model(args.model if file.is_file() else args.teacher), load_model(args.teacher)
+    student, teacher = (with_w_plus(load_model(f)) for f in (args.model if file.is_file() else args.teacher, args.teacher))
     for whole in (student, teacher):
         for module in (whole.unet, whole.text_encoder, whole.vae, whole.w_plus_encoder, whole.adapter):
             module.to(args.config.device, memory_format=torch.channels_last).requires_grad_(module is student.unet)
