@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pidiff._C as core
-from references import attention_reference, identity_inputs, identity_mix_reference, require_close
+from references import attention_reference, bfloat16, identity_inputs, identity_mix_reference, require_close
 
 Array = np.ndarray
 
@@ -105,6 +105,8 @@ CARRIERS["onnxruntime"] = (ort_attention, ort_identity_mix)
 if importlib.util.find_spec("torch"):
     CARRIERS["torch"] = through_torch("reference")
     CARRIERS["torch-native"] = through_torch("native")
+# Carriers that round the operands of both products; the others compute in float32.
+OPERANDS = {"avx512bf16": bfloat16}
 FAST = [name for name in CARRIERS if name != "reference"]
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -113,6 +115,15 @@ dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float3
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
+
+
+def require_attention(carrier: str, got: Array, q: Array, k: Array, v: Array, heads: int) -> None:
+    """The rule, for what `carrier` got."""
+    if carrier in OPERANDS:
+        same = attention_reference(q, k, v, heads, np.float32, OPERANDS[carrier])
+    else:
+        same = attention_reference(q, k, v, heads, q.dtype.type)
+    require_close(got, attention_reference(q, k, v, heads, np.float64), same, v)
 
 
 @carriers
@@ -124,7 +135,7 @@ def test_attention(rng, carrier, dtype, queries, keys, dim):
     q, k, v = (rng.standard_normal((2, n, heads * dim)).astype(dtype) for n in (queries, keys, keys))
     got = CARRIERS[carrier][0](q, k, v, heads)
     assert got.dtype == dtype
-    require_close(got, attention_reference(q, k, v, heads, np.float64), attention_reference(q, k, v, heads, dtype), v)
+    require_attention(carrier, got, q, k, v, heads)
 
 
 @pytest.mark.parametrize("carrier", [name for name in FAST if name != "torch"])
@@ -135,10 +146,7 @@ def test_attention_long(rng, carrier, dtype, dim):
     q, k, v = (rng.standard_normal((1, 4096, dim)).astype(dtype) for _ in range(3))
     got = CARRIERS[carrier][0](q, k, v, 1)
     rows = np.r_[0:4, 2040:2060, 4090:4096]
-    few = q[:, rows]
-    require_close(
-        got[:, rows], attention_reference(few, k, v, 1, np.float64), attention_reference(few, k, v, 1, dtype), v
-    )
+    require_attention(carrier, got[:, rows], q[:, rows], k, v, 1)
 
 
 @pytest.mark.parametrize("carrier", [name for name in CARRIERS if name != "onnxruntime"])
@@ -148,7 +156,7 @@ def test_attention_strided(rng, carrier, dtype):
     packed = rng.standard_normal((4, 77, 3 * 80)).astype(dtype)[::2]
     q, k, v = packed[..., :80], packed[..., 80:160], packed[..., 160:]
     got = CARRIERS[carrier][0](q, k, v, 2)
-    require_close(got, attention_reference(q, k, v, 2, np.float64), attention_reference(q, k, v, 2, dtype), v)
+    require_attention(carrier, got, q, k, v, 2)
 
 
 @carriers
@@ -160,8 +168,8 @@ def test_attention_outlier_rows(rng, carrier):
     k[:, 100] *= 100
     got = CARRIERS[carrier][0](q, k, v, 2)
     assert np.isfinite(got).all()
-    require_close(got, attention_reference(q, k, v, 2, np.float64), attention_reference(q, k, v, 2, np.float32), v)
-    np.testing.assert_allclose(got[:, 5], v.mean(1), atol=1e-6)
+    require_attention(carrier, got, q, k, v, 2)
+    np.testing.assert_allclose(got[:, 5], OPERANDS.get(carrier, np.asarray)(v).mean(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("carrier", [name for name in CARRIERS if not name.startswith("torch")])
@@ -190,6 +198,15 @@ def test_attention_is_repeatable(rng, carrier):
     together = CARRIERS[carrier][0](q, k, v, 2)
     alone = CARRIERS[carrier][0](q[1:2], k[1:2], v[1:2], 2)
     np.testing.assert_array_equal(together[1:2], alone)
+
+
+@pytest.mark.skipif("avx512bf16" not in CARRIERS, reason="no AVX-512-BF16")
+def test_nobody_gets_bfloat16_unasked(rng):
+    """`auto` is float32: bit for bit the last implementation before it, and not what bfloat16 gives."""
+    q, k, v = (rng.standard_normal((1, 130, 80)).astype(np.float32) for _ in range(3))
+    auto = core.attention(q, k, v, 2)
+    np.testing.assert_array_equal(auto, core.attention(q, k, v, 2, "avx512"))
+    assert (auto != core.attention(q, k, v, 2, "avx512bf16")).any()
 
 
 def test_threads_survive_fork(rng):
