@@ -17,7 +17,9 @@ Array = np.ndarray
 # --- carriers: name -> (attention, identity_mix) --------------------------------------------------------------------
 
 
-def onnx_session(op: str, inputs: list[str], outputs: list[str], dtype: np.dtype, **attributes: int):
+def onnx_session(
+    op: str, inputs: list[str], outputs: list[str], dtype: np.dtype, precision: str | None = None, **attributes: int
+):
     """An ONNX Runtime session with one node of domain `pidiff`."""
     import onnxruntime
     from onnx import TensorProto, helper
@@ -35,12 +37,14 @@ def onnx_session(op: str, inputs: list[str], outputs: list[str], dtype: np.dtype
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
+    if precision is not None:
+        options.add_session_config_entry("pidiff.precision", precision)
     options.register_custom_ops_library(str(Path(core.__file__).parent / "lib" / "libpidiff_ort.so"))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def ort_attention(q: Array, k: Array, v: Array, heads: int) -> Array:
-    session = onnx_session("Attention", ["q", "k", "v"], ["out"], q.dtype, num_heads=heads)
+def ort_attention(q: Array, k: Array, v: Array, heads: int, precision: str | None = None) -> Array:
+    session = onnx_session("Attention", ["q", "k", "v"], ["out"], q.dtype, precision, num_heads=heads)
     return session.run(None, {"q": q, "k": k, "v": v})[0]
 
 
@@ -200,13 +204,17 @@ def test_attention_is_repeatable(rng, carrier):
     np.testing.assert_array_equal(together[1:2], alone)
 
 
-@pytest.mark.skipif("avx512bf16" not in CARRIERS, reason="no AVX-512-BF16")
-def test_nobody_gets_bfloat16_unasked(rng):
-    """`auto` is float32: bit for bit the last implementation before it, and not what bfloat16 gives."""
-    q, k, v = (rng.standard_normal((1, 130, 80)).astype(np.float32) for _ in range(3))
-    auto = core.attention(q, k, v, 2)
-    np.testing.assert_array_equal(auto, core.attention(q, k, v, 2, "avx512"))
-    assert (auto != core.attention(q, k, v, 2, "avx512bf16")).any()
+def test_only_who_allows_it_gets_bfloat16(rng):
+    """`low`, which a session gets with precision "auto", rounds where there are many keys and the processor can; the
+    default and "full" are float32 to the bit."""
+    for keys, rounds in ((511, False), (512, "avx512bf16" in CARRIERS)):
+        q, k, v = (rng.standard_normal((1, n, 80)).astype(np.float32) for n in (60, keys, keys))
+        exact, low = core.attention(q, k, v, 2), core.attention(q, k, v, 2, "low")
+        assert (exact != low).any() == rounds
+        np.testing.assert_array_equal(low, core.attention(q, k, v, 2, "avx512bf16" if rounds else "auto"))
+        for precision, expected in (("auto", low), (None, exact), ("full", exact)):
+            np.testing.assert_array_equal(ort_attention(q, k, v, 2, precision), expected)
+    assert "avx512bf16" not in CARRIERS or (core.attention(q, k, v, 2, "avx512") == exact).all()
 
 
 def test_threads_survive_fork(rng):
@@ -355,7 +363,7 @@ def test_attention_errors(rng):
         ((q.astype(np.float64), k, k, 2), r"q must be float32 or float16, got float64"),
         ((q, k.astype(np.float16), k, 2), r"k must have the dtype of q, float32, got float16"),
         ((q[..., ::2], k[..., :8], k[..., :8], 2), r"q must be contiguous along its last axis"),
-        ((q, k, k, 2, "magic"), r"implementation must be one of auto, reference, .*, got magic"),
+        ((q, k, k, 2, "magic"), r"implementation must be one of auto, low, reference, .*, got magic"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

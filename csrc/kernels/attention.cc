@@ -21,7 +21,9 @@ constexpr struct {
   Implementation value;
   const char* name;
 } names[] = {
-    {Implementation::automatic, "auto"}, {Implementation::reference, "reference"},
+    {Implementation::automatic, "auto"},
+    {Implementation::low_precision, "low"},
+    {Implementation::reference, "reference"},
 #ifdef __aarch64__
     {Implementation::portable, "neon"},
 #else
@@ -54,10 +56,13 @@ const CpuKernels* kernels_of(Implementation implementation) {
   }
 }
 
-Implementation resolve(Implementation wanted) {
-  if (wanted != Implementation::automatic) return wanted;
+constexpr std::int64_t kManyKeys = 512;  // from here on `low_precision` rounds
+
+Implementation resolve(Implementation wanted, std::int64_t keys) {
+  if (wanted != Implementation::automatic && wanted != Implementation::low_precision) return wanted;
+  const bool low = wanted == Implementation::low_precision && keys >= kManyKeys;
   const auto all = cpu_implementations();
-  return all.back() == Implementation::avx512bf16 ? all[all.size() - 2] : all.back();
+  return all.back() == Implementation::avx512bf16 && !low ? all[all.size() - 2] : all.back();
 }
 
 const CpuKernels& require(Implementation implementation) {
@@ -167,7 +172,7 @@ void attention(const AttentionParams& p, const Parallel& pool, Implementation wa
   check(p.batch >= 0 && p.queries >= 0, "batch and queries must not be negative");
   check(p.keys > 0, "keys must be positive");
   check(p.heads > 0 && p.head_dim > 0, "heads and head_dim must be positive");
-  const Implementation implementation = resolve(wanted);
+  const Implementation implementation = resolve(wanted, p.keys);
   if (p.batch == 0 || p.queries == 0) return;
 #ifdef PIDIFF_HAS_CUDA
   if (implementation == Implementation::cuda) return attention_cuda_host(p);
@@ -192,7 +197,7 @@ void identity_mix(const IdentityMixParams& p, const Parallel& pool, Implementati
   check(p.batch >= 0 && p.queries >= 0 && p.people >= 0, "batch, queries and people must not be negative");
   check(p.heads > 0 && p.channels > 0 && p.channels % p.heads == 0, "channels must be a positive multiple of heads");
   check(p.people == 0 || p.tokens > 0, "tokens must be positive");
-  const Implementation implementation = resolve(wanted);
+  const Implementation implementation = resolve(wanted, 0);
   if (p.batch == 0 || p.queries == 0) return;
 #ifdef PIDIFF_HAS_CUDA
   if (implementation == Implementation::cuda) return identity_mix_cuda_host(p);
