@@ -135,7 +135,7 @@ struct Interleave<4> {
 
 // Four elements from each of `Groups` rows that lie four rows apart.
 template <int Groups>
-PIDIFF_INLINE typename Vector<4 * Groups>::Float load_groups(const float* from, std::int64_t stride) {
+PIDIFF_INLINE typename Vector<4 * Groups>::Float load_groups(const float* from, [[maybe_unused]] std::int64_t stride) {
   if constexpr (Groups == 1) return load<4>(from);
 #ifdef __AVX__
   if constexpr (Groups == 2)
@@ -186,7 +186,7 @@ PIDIFF_INLINE void transpose(const float* from, std::int64_t from_stride, std::i
   if constexpr (kLanes >= 16) transpose_rows<4>(from, from_stride, rows, columns, to, to_stride, r);
   if constexpr (kLanes >= 8) transpose_rows<2>(from, from_stride, rows, columns, to, to_stride, r);
   transpose_rows<1>(from, from_stride, rows, columns, to, to_stride, r);
-  for (; r < rows; ++r)
+  for (r = rows - rows % 4; r < rows; ++r)
     for (std::int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
 }
 
