@@ -39,11 +39,15 @@ const float* row_of(const void* base, std::int64_t at, std::int64_t d, DType dty
   return to;
 }
 
-// [rows, d] at `at` -> [units, lanes], times `factor`; lanes without a row are zero. `lines`: (lanes + 1) * d floats.
+// [rows, d] at `at` -> [units, lanes], times `factor` if Scaled; lanes without a row are zero. `lines`: (lanes + 1) * d
+// floats.
+template <bool Scaled>
 void transpose_in(const void* base, std::int64_t at, std::int64_t stride, std::int64_t rows, std::int64_t d,
                   DType dtype, float factor, std::int64_t lanes, float* lines, float* to) {
   const std::int64_t units = units_of(d);
   if (rows < lanes) std::memset(to, 0, static_cast<std::size_t>(units * lanes) * sizeof(float));
+  if (kDepth == 1 && dtype == DType::float32)
+    return transpose<Scaled>(static_cast<const float*>(base) + at, stride, rows, d, to, lanes, factor);
   float* wide = lines + lanes * units;
   for (std::int64_t r = 0; r < rows; ++r)
     row_units(row_of(base, at + r * stride, d, dtype, wide), d, factor, lines + r * units);
@@ -61,7 +65,7 @@ void pack_keys(const AttentionParams& p, std::int64_t b, std::int64_t block, flo
     constexpr int MR = decltype(tile)::value;
     const std::int64_t at = b * p.k_stride.batch + (first + t) * p.k_stride.token;
     for (std::int64_t h = 0; h < p.heads; ++h)
-      transpose_in(p.k, at + h * p.k_stride.head, p.k_stride.token, MR, d, p.dtype, 1.0f, MR, scratch,
+      transpose_in<false>(p.k, at + h * p.k_stride.head, p.k_stride.token, MR, d, p.dtype, 1.0f, MR, scratch,
                    to + h * head_size + t * units_of(d));
   });
   for (std::int64_t t = 0; t < count; t += kDepth)
@@ -157,8 +161,8 @@ void attention_lanes(const AttentionParams& p, const float* packed, std::int64_t
   float* sums = queries + lanes * d;
   float* weights = sums + lanes * d;
   float* lines = weights + lanes * block;
-  transpose_in(p.q, b * p.q_stride.batch + row0 * p.q_stride.token + h * p.q_stride.head, p.q_stride.token, rows, d,
-               p.dtype, p.scale * log2e, lanes, lines, queries);
+  transpose_in<true>(p.q, b * p.q_stride.batch + row0 * p.q_stride.token + h * p.q_stride.head, p.q_stride.token, rows,
+                     d, p.dtype, p.scale * log2e, lanes, lines, queries);
 
   Float top[NV], total[NV] = {};
   for (int j = 0; j < NV; ++j) top[j] = splat(-3.0e38f);

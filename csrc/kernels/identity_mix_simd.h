@@ -42,7 +42,7 @@ Block block_of(const void* base, std::int64_t offset, std::int64_t stride, std::
 // Scratch: y widened [rows, channels], weights [rows, people, padded], one row of the output.
 std::int64_t identity_scratch(const IdentityMixParams& p, std::int64_t padded) {
   const std::int64_t wide = p.dtype == DType::float16 ? kRowBlock * p.channels : 0;
-  return wide + kRowBlock * (p.people > 0 ? p.people : 1) * padded + p.channels + 2 * p.heads + kLanes;
+  return wide + kRowBlock * (p.people > 0 ? p.people : 1) * padded + p.channels + kLanes;
 }
 
 // logits[row][padded] = y A, in panels of up to kVectors vectors.
@@ -70,47 +70,57 @@ void logits(const float* y, std::int64_t stride, const float* a, std::int64_t pa
   if (column < padded) logits_panel<1>(y, stride, a + column, padded, rows, channels, to + column, to_stride);
 }
 
-// One row of logits, column t * heads + head, base 2 -> weight * softmax over t. Returns the mass on real tokens,
-// averaged over heads. `top` and `total` hold one float per head.
-float softmax_heads(const IdentityMixParams& p, std::int64_t padded, float weight, float* values, float* top,
-                    float* total) {
-  const std::int64_t heads = p.heads, columns = p.columns();
-  for (std::int64_t i = 0; i < heads; ++i) top[i] = values[i];
-  for (std::int64_t t = 1; t < columns; ++t)
-    for (std::int64_t i = 0; i < heads; ++i) {
-      const float value = values[t * heads + i];
-      top[i] = top[i] > value ? top[i] : value;
-    }
-  for (std::int64_t t = 0; t < columns; ++t)
-    for (std::int64_t i = 0; i < heads; ++i) values[t * heads + i] -= top[i];
+// One row of logits, column t * heads + head, Lanes heads of it: subtracts their maximum.
+template <int Lanes>
+PIDIFF_INLINE void subtract_top(float* values, std::int64_t heads, std::int64_t columns) {
+  auto top = load<Lanes>(values);
+  for (std::int64_t t = 1; t < columns; ++t) {
+    const auto value = load<Lanes>(values + t * heads);
+    top = top > value ? top : value;
+  }
+  for (std::int64_t t = 0; t < columns; ++t) store<Lanes>(values + t * heads, load<Lanes>(values + t * heads) - top);
+}
+
+// The same columns after the exponential: to probabilities.
+template <int Lanes>
+PIDIFF_INLINE void divide_by_total(float* values, std::int64_t heads, std::int64_t columns) {
+  typename Vector<Lanes>::Float total = {};
+  for (std::int64_t t = 0; t < columns; ++t) total += load<Lanes>(values + t * heads);
+  total = 1.0f / total;
+  for (std::int64_t t = 0; t < columns; ++t) store<Lanes>(values + t * heads, load<Lanes>(values + t * heads) * total);
+}
+
+// One row of logits, base 2 -> weight * softmax over t. Returns the mass on real tokens, averaged over heads.
+float softmax_heads(const IdentityMixParams& p, std::int64_t padded, float weight, float* values) {
+  const std::int64_t heads = p.heads, columns = p.columns(), fours = heads / 4 * 4;
+  for (std::int64_t i = 0; i < fours; i += 4) subtract_top<4>(values + i, heads, columns);
+  for (std::int64_t i = fours; i < heads; ++i) subtract_top<1>(values + i, heads, columns);
   for (std::int64_t j = 0; j < padded; j += kLanes) store(values + j, exp2(load(values + j)));
-  for (std::int64_t i = 0; i < heads; ++i) total[i] = 0.0f;
-  for (std::int64_t t = 0; t < columns; ++t)
-    for (std::int64_t i = 0; i < heads; ++i) total[i] += values[t * heads + i];
-  for (std::int64_t i = 0; i < heads; ++i) total[i] = 1.0f / total[i];
+  for (std::int64_t i = 0; i < fours; i += 4) divide_by_total<4>(values + i, heads, columns);
+  for (std::int64_t i = fours; i < heads; ++i) divide_by_total<1>(values + i, heads, columns);
   float mass = 0.0f;
-  for (std::int64_t t = 0; t < p.tokens; ++t)
-    for (std::int64_t i = 0; i < heads; ++i) {
-      const float probability = values[t * heads + i] * total[i];
-      mass += probability;
-      values[t * heads + i] = weight * probability;
-    }
+  const std::int64_t real = p.tokens * heads;
+  for (std::int64_t j = 0; j < real; ++j) mass += values[j];
+  for (std::int64_t j = 0; j < real; ++j) values[j] *= weight;
   return mass / static_cast<float>(heads);
 }
 
-// to[c] = from[c] + sum_{p,t} weights[p][t * heads + head] * v[p][t][c] for c in one head, Lanes channels at a time.
-template <int Lanes>
+// to[c] = from[c] + sum_{p,t} weights[p][t * heads + head] * v[p][t][c] for c in one head, NV vectors of Lanes channels
+// at a time: independent sums, since each waits for its last multiply-add.
+template <int Lanes, int NV>
 PIDIFF_INLINE void add_values(const IdentityMixParams& p, const PackedIdentity& packed, std::int64_t batch,
                               std::int64_t head, const float* weights, const float* from, float* to, std::int64_t& c,
                               std::int64_t end) {
-  for (; c + Lanes <= end; c += Lanes) {
-    auto sum = load<Lanes>(from + c);
+  for (; c + NV * Lanes <= end; c += NV * Lanes) {
+    typename Vector<Lanes>::Float sum[NV];
+    for (int j = 0; j < NV; ++j) sum[j] = load<Lanes>(from + c + j * Lanes);
     for (std::int64_t person = 0; person < p.people; ++person) {
       const float* v = packed.v + (batch * p.people + person) * p.tokens * p.channels + c;
       const float* w = weights + person * packed.padded + head;
-      for (std::int64_t t = 0; t < p.tokens; ++t) sum += w[t * p.heads] * load<Lanes>(v + t * p.channels);
+      for (std::int64_t t = 0; t < p.tokens; ++t)
+        for (int j = 0; j < NV; ++j) sum[j] += w[t * p.heads] * load<Lanes>(v + t * p.channels + j * Lanes);
     }
-    store<Lanes>(to + c, sum);
+    for (int j = 0; j < NV; ++j) store<Lanes>(to + c + j * Lanes, sum[j]);
   }
 }
 
@@ -121,7 +131,6 @@ void identity_rows(const IdentityMixParams& p, const PackedIdentity& packed, std
   float* wide = scratch;
   float* weights = wide + (half ? kRowBlock * channels : 0);
   float* line = weights + kRowBlock * (people > 0 ? people : 1) * padded;
-  float* per_head = line + channels;
 
   const auto scalar = [&](const void* base, std::int64_t i) {
     return half ? half_to_float(static_cast<const std::uint16_t*>(base)[i]) : static_cast<const float*>(base)[i];
@@ -135,8 +144,7 @@ void identity_rows(const IdentityMixParams& p, const PackedIdentity& packed, std
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t at = which * p.queries + row0 + r;
       const float weight = scalar(p.id_scale, b) * scalar(p.mask, at);
-      const float mass =
-          softmax_heads(p, padded, weight, first + r * people * padded, per_head, per_head + p.heads);
+      const float mass = softmax_heads(p, padded, weight, first + r * people * padded);
       const float shown = p.has_null ? mass : 0.0f;
       if (half)
         static_cast<std::uint16_t*>(p.id_mass)[at] = float_to_half(shown);
@@ -153,10 +161,12 @@ void identity_rows(const IdentityMixParams& p, const PackedIdentity& packed, std
     for (std::int64_t head = 0; head < p.heads; ++head) {
       std::int64_t c = head * d;
       const std::int64_t end = c + d;
-      add_values<kLanes>(p, packed, b, head, row, h.data, to, c, end);
-      if constexpr (kLanes > 8) add_values<8>(p, packed, b, head, row, h.data, to, c, end);
-      if constexpr (kLanes > 4) add_values<4>(p, packed, b, head, row, h.data, to, c, end);
-      add_values<1>(p, packed, b, head, row, h.data, to, c, end);
+      add_values<kLanes, 4>(p, packed, b, head, row, h.data, to, c, end);
+      add_values<kLanes, 2>(p, packed, b, head, row, h.data, to, c, end);
+      add_values<kLanes, 1>(p, packed, b, head, row, h.data, to, c, end);
+      if constexpr (kLanes > 8) add_values<8, 1>(p, packed, b, head, row, h.data, to, c, end);
+      if constexpr (kLanes > 4) add_values<4, 1>(p, packed, b, head, row, h.data, to, c, end);
+      add_values<1, 1>(p, packed, b, head, row, h.data, to, c, end);
     }
     if (half) narrow(line, static_cast<std::uint16_t*>(p.out) + at, channels);
   }

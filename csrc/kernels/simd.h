@@ -153,11 +153,15 @@ PIDIFF_INLINE typename Vector<4 * Groups>::Float load_groups(const float* from, 
 }
 
 // Rows [r, r + 4 * Groups) of `transpose`, as often as they fit.
-template <int Groups>
+template <bool Scaled, int Groups>
 PIDIFF_INLINE void transpose_rows(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
-                                  float* to, std::int64_t to_stride, std::int64_t& r) {
+                                  float factor, float* to, std::int64_t to_stride, std::int64_t& r) {
   using Way = Interleave<Groups>;
   constexpr int height = 4 * Groups;
+  const auto put = [&](std::int64_t c, auto column) PIDIFF_LAMBDA_INLINE {
+    if constexpr (Scaled) column *= factor;
+    store<height>(to + c * to_stride + r, column);
+  };
   for (; r + height <= rows; r += height) {
     const float* line = from + r * from_stride;
     std::int64_t c = 0;
@@ -168,26 +172,29 @@ PIDIFF_INLINE void transpose_rows(const float* from, std::int64_t from_stride, s
       const auto e = load_groups<Groups>(line + 3 * from_stride + c, from_stride);
       const auto low_ab = Way::Low::of(a, b), high_ab = Way::High::of(a, b);
       const auto low_de = Way::Low::of(d, e), high_de = Way::High::of(d, e);
-      store<height>(to + c * to_stride + r, Way::LowPair::of(low_ab, low_de));
-      store<height>(to + (c + 1) * to_stride + r, Way::HighPair::of(low_ab, low_de));
-      store<height>(to + (c + 2) * to_stride + r, Way::LowPair::of(high_ab, high_de));
-      store<height>(to + (c + 3) * to_stride + r, Way::HighPair::of(high_ab, high_de));
+      put(c, Way::LowPair::of(low_ab, low_de));
+      put(c + 1, Way::HighPair::of(low_ab, low_de));
+      put(c + 2, Way::LowPair::of(high_ab, high_de));
+      put(c + 3, Way::HighPair::of(high_ab, high_de));
     }
     for (; c < columns; ++c)
-      for (std::int64_t i = 0; i < height; ++i) to[c * to_stride + r + i] = line[i * from_stride + c];
+      for (std::int64_t i = 0; i < height; ++i)
+        to[c * to_stride + r + i] = Scaled ? line[i * from_stride + c] * factor : line[i * from_stride + c];
   }
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns. (Left to itself the compiler takes
-// scatter instructions, which are several times slower.)
+// to[c * to_stride + r] = from[r * from_stride + c], times factor if Scaled, for r < rows, c < columns. (Left to itself
+// the compiler takes scatter instructions, which are several times slower.)
+template <bool Scaled = false>
 PIDIFF_INLINE void transpose(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
-                             float* to, std::int64_t to_stride) {
+                             float* to, std::int64_t to_stride, float factor = 1.0f) {
   std::int64_t r = 0;
-  if constexpr (kLanes >= 16) transpose_rows<4>(from, from_stride, rows, columns, to, to_stride, r);
-  if constexpr (kLanes >= 8) transpose_rows<2>(from, from_stride, rows, columns, to, to_stride, r);
-  transpose_rows<1>(from, from_stride, rows, columns, to, to_stride, r);
+  if constexpr (kLanes >= 16) transpose_rows<Scaled, 4>(from, from_stride, rows, columns, factor, to, to_stride, r);
+  if constexpr (kLanes >= 8) transpose_rows<Scaled, 2>(from, from_stride, rows, columns, factor, to, to_stride, r);
+  transpose_rows<Scaled, 1>(from, from_stride, rows, columns, factor, to, to_stride, r);
   for (r = rows - rows % 4; r < rows; ++r)
-    for (std::int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+    for (std::int64_t c = 0; c < columns; ++c)
+      to[c * to_stride + r] = Scaled ? from[r * from_stride + c] * factor : from[r * from_stride + c];
 }
 
 // Calls body(integral constant MR, first row) so that the tiles cover [0, rows).
