@@ -42,7 +42,8 @@ def _generate_parser():
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
                         help="full computes in no fewer bits than the bundle was exported in; auto (default) lets openvino "
-                             "run UNet and VAE decoder in bfloat16 where the processor has it")
+                             "run UNet and VAE decoder, and onnxruntime the UNet's long self-attention, in bfloat16 where "
+                             "the processor has it")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same picture (default: random)")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures, with seeds SEED, SEED+1, ...")
     parser.add_argument("--preset", choices=PRESETS, default="exact",

@@ -76,7 +76,8 @@ class Pipeline:
         ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes, but those of engines.
         require_signature: a public key (.pub file or its second line) that the bundle must be signed by.
         precision: "full" computes in no fewer bits than the bundle was exported in; "auto" lets OpenVINO run UNet and VAE
-        decoder in bfloat16 where the processor has it, which changes pictures slightly.
+        decoder in bfloat16 where the processor has it, and ONNX Runtime the UNet's long self-attention (fused bundles),
+        which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
         denoising, decoding); None is True without max_memory. max_memory: bytes that this process shall not exceed; more
         pictures than fit are made one batch after another, and work that is predicted not to fit is refused.

@@ -1,28 +1,40 @@
 """What the attention kernels are held against: the same maths in numpy, in any dtype.
 
 The rule: the error against float64 may be at most twice the error of the same maths done in the kernel's own dtype
-(numpy), plus a floor: a few float32 roundings of the values that are averaged, and the rounding of the result.
+(numpy; for a kernel that rounds the operands of its products to bfloat16, float32 with operands so rounded), plus a
+floor: a few float32 roundings of the values that are averaged, and the rounding of the result.
 """
 
 from __future__ import annotations
+
+from typing import Callable
 
 import numpy as np
 
 Array = np.ndarray
 
 
-def attention_reference(q: Array, k: Array, v: Array, heads: int, dtype: type) -> Array:
-    """softmax(q k^T / sqrt(d)) v with every intermediate in `dtype`; [B, S, C]."""
+def bfloat16(x: Array) -> Array:
+    """The nearest bfloat16, ties to even, as float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x).astype(np.float32)
+
+
+def attention_reference(
+    q: Array, k: Array, v: Array, heads: int, dtype: type, operand: Callable[[Array], Array] = lambda x: x
+) -> Array:
+    """softmax(q k^T / sqrt(d)) v, every intermediate in `dtype`; [B, S, C]. The products take `operand` of what they get."""
     batch, queries, channels = q.shape
     dim = channels // heads
 
     def split(x: Array) -> Array:
         return x.astype(dtype).reshape(batch, -1, heads, dim).transpose(0, 2, 1, 3)
 
-    logits = split(q) @ split(k).transpose(0, 1, 3, 2) * dtype(1 / np.sqrt(dim))
+    logits = operand(split(q)) @ operand(split(k)).transpose(0, 1, 3, 2) * dtype(1 / np.sqrt(dim))
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights = weights / weights.sum(-1, keepdims=True, dtype=dtype)
-    return (weights @ split(v)).transpose(0, 2, 1, 3).reshape(batch, queries, channels)
+    return (operand(weights) @ operand(split(v))).transpose(0, 2, 1, 3).reshape(batch, queries, channels)
 
 
 def identity_mix_reference(

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 import pidiff._C as core
-from references import attention_reference, identity_inputs, identity_mix_reference, require_close
+from references import attention_reference, bfloat16, identity_inputs, identity_mix_reference, require_close
 
 Array = np.ndarray
 
 # --- carriers: name -> (attention, identity_mix) --------------------------------------------------------------------
 
 
-def onnx_session(op: str, inputs: list[str], outputs: list[str], dtype: np.dtype, **attributes: int):
+def onnx_session(
+    op: str, inputs: list[str], outputs: list[str], dtype: np.dtype, precision: str | None = None, **attributes: int
+):
     """An ONNX Runtime session with one node of domain `pidiff`."""
     import onnxruntime
     from onnx import TensorProto, helper
@@ -35,12 +37,14 @@ def onnx_session(op: str, inputs: list[str], outputs: list[str], dtype: np.dtype
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
+    if precision is not None:
+        options.add_session_config_entry("pidiff.precision", precision)
     options.register_custom_ops_library(str(Path(core.__file__).parent / "lib" / "libpidiff_ort.so"))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def ort_attention(q: Array, k: Array, v: Array, heads: int) -> Array:
-    session = onnx_session("Attention", ["q", "k", "v"], ["out"], q.dtype, num_heads=heads)
+def ort_attention(q: Array, k: Array, v: Array, heads: int, precision: str | None = None) -> Array:
+    session = onnx_session("Attention", ["q", "k", "v"], ["out"], q.dtype, precision, num_heads=heads)
     return session.run(None, {"q": q, "k": k, "v": v})[0]
 
 
@@ -105,6 +109,8 @@ CARRIERS["onnxruntime"] = (ort_attention, ort_identity_mix)
 if importlib.util.find_spec("torch"):
     CARRIERS["torch"] = through_torch("reference")
     CARRIERS["torch-native"] = through_torch("native")
+# Carriers that round the operands of both products; the others compute in float32.
+OPERANDS = {"avx512bf16": bfloat16}
 FAST = [name for name in CARRIERS if name != "reference"]
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -113,6 +119,15 @@ dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float3
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
+
+
+def require_attention(carrier: str, got: Array, q: Array, k: Array, v: Array, heads: int) -> None:
+    """The rule, for what `carrier` got."""
+    if carrier in OPERANDS:
+        same = attention_reference(q, k, v, heads, np.float32, OPERANDS[carrier])
+    else:
+        same = attention_reference(q, k, v, heads, q.dtype.type)
+    require_close(got, attention_reference(q, k, v, heads, np.float64), same, v)
 
 
 @carriers
@@ -124,7 +139,7 @@ def test_attention(rng, carrier, dtype, queries, keys, dim):
     q, k, v = (rng.standard_normal((2, n, heads * dim)).astype(dtype) for n in (queries, keys, keys))
     got = CARRIERS[carrier][0](q, k, v, heads)
     assert got.dtype == dtype
-    require_close(got, attention_reference(q, k, v, heads, np.float64), attention_reference(q, k, v, heads, dtype), v)
+    require_attention(carrier, got, q, k, v, heads)
 
 
 @pytest.mark.parametrize("carrier", [name for name in FAST if name != "torch"])
@@ -135,10 +150,7 @@ def test_attention_long(rng, carrier, dtype, dim):
     q, k, v = (rng.standard_normal((1, 4096, dim)).astype(dtype) for _ in range(3))
     got = CARRIERS[carrier][0](q, k, v, 1)
     rows = np.r_[0:4, 2040:2060, 4090:4096]
-    few = q[:, rows]
-    require_close(
-        got[:, rows], attention_reference(few, k, v, 1, np.float64), attention_reference(few, k, v, 1, dtype), v
-    )
+    require_attention(carrier, got[:, rows], q[:, rows], k, v, 1)
 
 
 @pytest.mark.parametrize("carrier", [name for name in CARRIERS if name != "onnxruntime"])
@@ -148,7 +160,7 @@ def test_attention_strided(rng, carrier, dtype):
     packed = rng.standard_normal((4, 77, 3 * 80)).astype(dtype)[::2]
     q, k, v = packed[..., :80], packed[..., 80:160], packed[..., 160:]
     got = CARRIERS[carrier][0](q, k, v, 2)
-    require_close(got, attention_reference(q, k, v, 2, np.float64), attention_reference(q, k, v, 2, dtype), v)
+    require_attention(carrier, got, q, k, v, 2)
 
 
 @carriers
@@ -160,8 +172,8 @@ def test_attention_outlier_rows(rng, carrier):
     k[:, 100] *= 100
     got = CARRIERS[carrier][0](q, k, v, 2)
     assert np.isfinite(got).all()
-    require_close(got, attention_reference(q, k, v, 2, np.float64), attention_reference(q, k, v, 2, np.float32), v)
-    np.testing.assert_allclose(got[:, 5], v.mean(1), atol=1e-6)
+    require_attention(carrier, got, q, k, v, 2)
+    np.testing.assert_allclose(got[:, 5], OPERANDS.get(carrier, np.asarray)(v).mean(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("carrier", [name for name in CARRIERS if not name.startswith("torch")])
@@ -190,6 +202,19 @@ def test_attention_is_repeatable(rng, carrier):
     together = CARRIERS[carrier][0](q, k, v, 2)
     alone = CARRIERS[carrier][0](q[1:2], k[1:2], v[1:2], 2)
     np.testing.assert_array_equal(together[1:2], alone)
+
+
+def test_only_who_allows_it_gets_bfloat16(rng):
+    """`low`, which a session gets with precision "auto", rounds where there are many keys and the processor can; the
+    default and "full" are float32 to the bit."""
+    for keys, rounds in ((511, False), (512, "avx512bf16" in CARRIERS)):
+        q, k, v = (rng.standard_normal((1, n, 80)).astype(np.float32) for n in (60, keys, keys))
+        exact, low = core.attention(q, k, v, 2), core.attention(q, k, v, 2, "low")
+        assert (exact != low).any() == rounds
+        np.testing.assert_array_equal(low, core.attention(q, k, v, 2, "avx512bf16" if rounds else "auto"))
+        for precision, expected in (("auto", low), (None, exact), ("full", exact)):
+            np.testing.assert_array_equal(ort_attention(q, k, v, 2, precision), expected)
+    assert "avx512bf16" not in CARRIERS or (core.attention(q, k, v, 2, "avx512") == exact).all()
 
 
 def test_threads_survive_fork(rng):
@@ -338,7 +363,7 @@ def test_attention_errors(rng):
         ((q.astype(np.float64), k, k, 2), r"q must be float32 or float16, got float64"),
         ((q, k.astype(np.float16), k, 2), r"k must have the dtype of q, float32, got float16"),
         ((q[..., ::2], k[..., :8], k[..., :8], 2), r"q must be contiguous along its last axis"),
-        ((q, k, k, 2, "magic"), r"implementation must be one of auto, reference, .*, got magic"),
+        ((q, k, k, 2, "magic"), r"implementation must be one of auto, low, reference, .*, got magic"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

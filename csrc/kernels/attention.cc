@@ -21,15 +21,26 @@ constexpr struct {
   Implementation value;
   const char* name;
 } names[] = {
-    {Implementation::automatic, "auto"}, {Implementation::reference, "reference"},
+    {Implementation::automatic, "auto"},
+    {Implementation::low_precision, "low"},
+    {Implementation::reference, "reference"},
 #ifdef __aarch64__
     {Implementation::portable, "neon"},
 #else
     {Implementation::portable, "portable"},
 #endif
-    {Implementation::avx2, "avx2"},      {Implementation::avx512, "avx512"},
+    {Implementation::avx2, "avx2"},
+    {Implementation::avx512, "avx512"},
+    {Implementation::avx512bf16, "avx512bf16"},
     {Implementation::cuda, "cuda"},
 };
+
+#ifdef PIDIFF_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 const CpuKernels* kernels_of(Implementation implementation) {
   switch (implementation) {
@@ -37,19 +48,21 @@ const CpuKernels* kernels_of(Implementation implementation) {
 #ifdef PIDIFF_X86
     case Implementation::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2_kernels : nullptr;
-    case Implementation::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                 ? &avx512_kernels
-                 : nullptr;
+    case Implementation::avx512: return has_avx512() ? &avx512_kernels : nullptr;
+    case Implementation::avx512bf16:
+      return has_avx512() && __builtin_cpu_supports("avx512bf16") ? &avx512bf16_kernels : nullptr;
 #endif
     default: return nullptr;
   }
 }
 
-Implementation resolve(Implementation wanted) {
-  if (wanted == Implementation::automatic) return cpu_implementations().back();
-  return wanted;
+constexpr std::int64_t kManyKeys = 512;  // from here on `low_precision` rounds
+
+Implementation resolve(Implementation wanted, std::int64_t keys) {
+  if (wanted != Implementation::automatic && wanted != Implementation::low_precision) return wanted;
+  const bool low = wanted == Implementation::low_precision && keys >= kManyKeys;
+  const auto all = cpu_implementations();
+  return all.back() == Implementation::avx512bf16 && !low ? all[all.size() - 2] : all.back();
 }
 
 const CpuKernels& require(Implementation implementation) {
@@ -84,6 +97,29 @@ void run_tasks(const Parallel& pool, std::int64_t count, std::int64_t scratch_fl
   });
   if (exhausted) throw std::bad_alloc();
 }
+
+// Keys and values of every (batch, head), packed.
+class Packed {
+ public:
+  Packed(const AttentionParams& p, const Parallel& pool, const CpuKernels& kernels)
+      : heads_(p.heads), memory_(nullptr, &std::free) {
+    const std::int64_t block = kernels.key_block(p), blocks = (p.keys + block - 1) / block;
+    const std::int64_t whole = kernels.packed_size(p, block), last = p.keys - (blocks - 1) * block;
+    size_ = (blocks - 1) * whole + kernels.packed_size(p, last);
+    memory_ = allocate(p.batch * p.heads * size_);
+    run_tasks(pool, p.batch * blocks, kernels.pack_scratch(p), [&](std::int64_t index, float* scratch) {
+      const std::int64_t batch = index / blocks, at = index % blocks;
+      kernels.pack_keys(p, batch, at, memory_.get() + batch * p.heads * size_ + at * whole, size_, scratch);
+    });
+  }
+  const float* of(std::int64_t batch, std::int64_t head) const {
+    return memory_.get() + (batch * heads_ + head) * size_;
+  }
+
+ private:
+  std::int64_t heads_, size_;
+  Scratch memory_;
+};
 
 float element(const void* base, std::int64_t index, DType dtype) {
   if (dtype == DType::float32) return static_cast<const float*>(base)[index];
@@ -126,7 +162,8 @@ Implementation parse_implementation(const std::string& name) {
 
 std::vector<Implementation> cpu_implementations() {
   std::vector<Implementation> result{Implementation::reference};
-  for (auto one : {Implementation::portable, Implementation::avx2, Implementation::avx512})
+  for (auto one :
+       {Implementation::portable, Implementation::avx2, Implementation::avx512, Implementation::avx512bf16})
     if (kernels_of(one) != nullptr) result.push_back(one);
   return result;
 }
@@ -135,7 +172,7 @@ void attention(const AttentionParams& p, const Parallel& pool, Implementation wa
   check(p.batch >= 0 && p.queries >= 0, "batch and queries must not be negative");
   check(p.keys > 0, "keys must be positive");
   check(p.heads > 0 && p.head_dim > 0, "heads and head_dim must be positive");
-  const Implementation implementation = resolve(wanted);
+  const Implementation implementation = resolve(wanted, p.keys);
   if (p.batch == 0 || p.queries == 0) return;
 #ifdef PIDIFF_HAS_CUDA
   if (implementation == Implementation::cuda) return attention_cuda_host(p);
@@ -143,15 +180,16 @@ void attention(const AttentionParams& p, const Parallel& pool, Implementation wa
   check(p.dtype != DType::bfloat16, "dtype must be float32 or float16 on the CPU, got bfloat16");
   if (implementation == Implementation::reference) return attention_reference(p);
   const CpuKernels& kernels = require(implementation);
+  const Packed packed(p, pool, kernels);
   const std::int64_t block = kernels.query_block, blocks = (p.queries + block - 1) / block;
   // Tasks that run one after the other share what is large: a head's keys and values if they are long, else the rows
   // of q and out, which lie side by side for all heads.
   const bool heads_inside = p.keys * p.heads * p.head_dim * static_cast<std::int64_t>(size_of(p.dtype)) <= 256 * 1024;
   run_tasks(pool, p.batch * p.heads * blocks, kernels.attention_scratch(p), [&](std::int64_t index, float* scratch) {
     const std::int64_t inner = heads_inside ? p.heads : blocks, outer = heads_inside ? blocks : p.heads;
-    const std::int64_t first = index / inner % outer, second = index % inner;
+    const std::int64_t first = index / inner % outer, second = index % inner, batch = index / (inner * outer);
     const std::int64_t head = heads_inside ? second : first, row0 = (heads_inside ? first : second) * block;
-    kernels.attention_rows(p, index / (inner * outer), head, row0, std::min(block, p.queries - row0), scratch);
+    kernels.attention_rows(p, packed.of(batch, head), batch, head, row0, std::min(block, p.queries - row0), scratch);
   });
 }
 
@@ -159,7 +197,7 @@ void identity_mix(const IdentityMixParams& p, const Parallel& pool, Implementati
   check(p.batch >= 0 && p.queries >= 0 && p.people >= 0, "batch, queries and people must not be negative");
   check(p.heads > 0 && p.channels > 0 && p.channels % p.heads == 0, "channels must be a positive multiple of heads");
   check(p.people == 0 || p.tokens > 0, "tokens must be positive");
-  const Implementation implementation = resolve(wanted);
+  const Implementation implementation = resolve(wanted, 0);
   if (p.batch == 0 || p.queries == 0) return;
 #ifdef PIDIFF_HAS_CUDA
   if (implementation == Implementation::cuda) return identity_mix_cuda_host(p);

@@ -4,8 +4,8 @@
 //   identity_mix  out = h + id_scale * sum_p mask_p * softmax(y A_p) V_p per head   (the folded identity term)
 //
 // Arrays hold `dtype` elements. The last axis is always contiguous; every other axis has its stride, in elements.
-// Arithmetic is float32 whatever the storage. Carriers (pybind11, ONNX Runtime, TensorRT, torch) only fill these
-// structs and call: no carrier contains maths.
+// Arithmetic is float32 whatever the storage, but for one implementation that nobody gets without asking. Carriers
+// (pybind11, ONNX Runtime, TensorRT, torch) only fill these structs and call: no carrier contains maths.
 #pragma once
 
 #include <cstddef>
@@ -55,14 +55,19 @@ struct IdentityMixParams {
   std::int64_t head_dim() const { return heads > 0 ? channels / heads : 0; }
 };
 
-// Implementations, slowest first. `automatic` takes the last CPU one that this processor runs.
-enum class Implementation : std::uint8_t { automatic, reference, portable, avx2, avx512, cuda };
+// Implementations, slowest first. `automatic` takes the last CPU one that this processor runs and that computes in
+// float32. `avx512bf16` does not: its `attention` rounds the operands of both products (q, k, weights, v) to bfloat16;
+// sums and softmax stay float32, and so does identity_mix. `low_precision` is `avx512bf16` for the `attention` of many
+// keys where the processor has it (what it saves on few is little beside a layer's other work), else `automatic`.
+enum class Implementation : std::uint8_t {
+  automatic, low_precision, reference, portable, avx2, avx512, avx512bf16, cuda
+};
 
 // Name <-> value; `parse_implementation` throws std::invalid_argument naming the choices.
 const char* name_of(Implementation implementation);
 Implementation parse_implementation(const std::string& name);
 
-// CPU implementations that were compiled in and run on this processor, slowest first.
+// CPU implementations that were compiled in and run on this processor: those in float32, slowest first, then the other.
 std::vector<Implementation> cpu_implementations();
 
 // Host pointers. Sizes are checked (std::invalid_argument); a CPU without the implementation gives std::runtime_error.

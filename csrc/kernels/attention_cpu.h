@@ -1,6 +1,6 @@
 // Inside the CPU implementations: what each instruction set's file hands to the driver in attention.cc.
 //
-// The files attention_{portable,avx2,avx512}.cc are compiled with different processor flags. They therefore keep
+// The files attention_{portable,avx2,avx512,avx512bf16}.cc are compiled with different processor flags. They keep
 // everything they define in an anonymous namespace and instantiate no template of the standard library: the linker
 // would otherwise merge such functions and could keep the copy with instructions that this processor lacks.
 #pragma once
@@ -20,12 +20,20 @@ struct CpuKernels {
   std::int64_t query_block;  // rows of one `attention` task
   std::int64_t row_block;    // rows of one `identity_mix` task
   std::int64_t column_multiple;
+  // Keys and values of one (batch, head) are packed before the tasks that share them: blocks of key_block keys, each
+  // packed_size(params, its keys) floats.
+  std::int64_t (*key_block)(const AttentionParams&);
+  std::int64_t (*packed_size)(const AttentionParams&, std::int64_t keys);
   // Floats of scratch one task needs; the driver aligns it to 64 bytes.
+  std::int64_t (*pack_scratch)(const AttentionParams&);
   std::int64_t (*attention_scratch)(const AttentionParams&);
   std::int64_t (*identity_scratch)(const IdentityMixParams&, std::int64_t padded);
-  // One task: rows [row0, row0 + rows) of one (batch, head), or of one batch.
-  void (*attention_rows)(const AttentionParams&, std::int64_t batch, std::int64_t head, std::int64_t row0,
-                         std::int64_t rows, float* scratch);
+  // One task: a block of keys of all heads, whose results lie head_size floats apart; rows [row0, row0 + rows) of one
+  // (batch, head), or of one batch.
+  void (*pack_keys)(const AttentionParams&, std::int64_t batch, std::int64_t block, float* to, std::int64_t head_size,
+                    float* scratch);
+  void (*attention_rows)(const AttentionParams&, const float* packed, std::int64_t batch, std::int64_t head,
+                         std::int64_t row0, std::int64_t rows, float* scratch);
   void (*identity_rows)(const IdentityMixParams&, const PackedIdentity&, std::int64_t batch, std::int64_t row0,
                         std::int64_t rows, float* scratch);
 };
@@ -34,6 +42,7 @@ extern const CpuKernels portable_kernels;
 #ifdef PIDIFF_X86
 extern const CpuKernels avx2_kernels;
 extern const CpuKernels avx512_kernels;
+extern const CpuKernels avx512bf16_kernels;
 #endif
 
 // The clear loops (attention_reference.cc), single-threaded.

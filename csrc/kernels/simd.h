@@ -1,5 +1,6 @@
 // Vectors of PIDIFF_LANES floats (GCC/Clang vector extensions) for the file that includes this; see attention_cpu.h
-// for why everything is private to it. Include once per instruction set, after defining PIDIFF_LANES.
+// for why everything is private to it. Include once per instruction set, after defining PIDIFF_LANES and
+// PIDIFF_TILE.
 #pragma once
 
 #include <cstdint>
@@ -14,17 +15,13 @@
 #include "kernels/half.h"
 
 #define PIDIFF_INLINE inline __attribute__((always_inline))
-#ifdef __clang__
-#define PIDIFF_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define PIDIFF_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Mask{i, j, k, l})
-#endif
 #define PIDIFF_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace pidiff {
 namespace {
 
 constexpr int kLanes = PIDIFF_LANES;
+constexpr int kTile = PIDIFF_TILE;  // rows of a register tile
 
 template <int Lanes>
 struct Vector {
@@ -49,23 +46,29 @@ PIDIFF_INLINE Float splat(float value) { return value - Float{}; }
 // The second operand wins where the first is NaN-free and not larger; a NaN in `b` is kept.
 PIDIFF_INLINE Float maximum(Float a, Float b) { return a > b ? a : b; }
 
-// 2^x with a relative error below 2 ulp; x below -126 gives at most 2^-126, NaN stays NaN, large x infinity.
+// 2^x for x <= 0, as every softmax needs it; below -126 at most 2^-126, NaN stays NaN. Relative error: below 2 ulp with
+// the seven terms of float32, 1.1e-4 with four: little beside the rounding to bfloat16 that follows (2e-3).
+template <int Terms = 7>
 PIDIFF_INLINE Float exp2(Float x) {
-  x = x < splat(-126.0f) ? splat(-126.0f) : x;
-  x = x > splat(128.0f) ? splat(128.0f) : x;
+  static_assert(Terms == 7 || Terms == 4, "terms");
+  x = maximum(splat(-126.0f), x);
   const Float shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Float rounded = x + shifter;
   const Float f = x - (rounded - shifter);  // [-0.5, 0.5]
-  Float y = splat(1.5403530e-4f);           // Taylor coefficients of 2^f, ln(2)^k / k!
-  y = y * f + 1.3333558e-3f;
-  y = y * f + 9.6181291e-3f;
-  y = y * f + 5.5504109e-2f;
-  y = y * f + 2.4022651e-1f;
-  y = y * f + 6.9314718e-1f;
+  Float y;
+  if constexpr (Terms == 7) {  // Taylor coefficients of 2^f, ln(2)^k / k!
+    y = splat(1.5403530e-4f) * f + 1.3333558e-3f;
+    y = y * f + 9.6181291e-3f;
+    y = y * f + 5.5504109e-2f;
+    y = y * f + 2.4022651e-1f;
+    y = y * f + 6.9314718e-1f;
+  } else {  // fitted for the smallest relative error, with 2^0 = 1
+    y = splat(5.5008690e-2f) * f + 2.4221063e-1f;
+    y = y * f + 6.9328292e-1f;
+  }
   y = y * f + 1.0f;
-  // Casts between vectors of one size keep the bits.
-  const Int exponent = ((Int)rounded - (Int)shifter) << 23;
-  return (Float)((Int)y + exponent);
+  // Casts between vectors of one size keep the bits. The shift leaves nothing of the shifter: its low nine bits are 0.
+  return (Float)((Int)y + ((Int)rounded << 23));
 }
 
 // `count` halves to floats and back.
@@ -91,49 +94,107 @@ PIDIFF_INLINE void narrow(const float* from, std::uint16_t* to, std::int64_t cou
   for (; i < count; ++i) to[i] = float_to_half(from[i]);
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c] * factor for r < rows, c < columns, in blocks of 4 x 4. (Left to
-// itself the compiler takes scatter instructions, which are several times slower.)
-PIDIFF_INLINE void transpose(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
-                             float factor, float* to, std::int64_t to_stride) {
-  using Four = Vector<4>::Float;
-  using Mask = Vector<4>::Int;
-  std::int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
+// One fixed order of the elements of two vectors.
+template <int... I>
+struct Order {
+  template <class Vector>
+  static PIDIFF_INLINE Vector of(Vector a, Vector b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, I...);
+#else
+    typedef std::int32_t Mask __attribute__((vector_size(4 * sizeof...(I))));
+    return __builtin_shuffle(a, b, Mask{I...});
+#endif
+  }
+};
+
+// Groups of four elements, transposed each for itself: the orders that interleave single elements and pairs.
+template <int Groups>
+struct Interleave;
+template <>
+struct Interleave<1> {
+  using Low = Order<0, 4, 1, 5>;
+  using High = Order<2, 6, 3, 7>;
+  using LowPair = Order<0, 1, 4, 5>;
+  using HighPair = Order<2, 3, 6, 7>;
+};
+template <>
+struct Interleave<2> {
+  using Low = Order<0, 8, 1, 9, 4, 12, 5, 13>;
+  using High = Order<2, 10, 3, 11, 6, 14, 7, 15>;
+  using LowPair = Order<0, 1, 8, 9, 4, 5, 12, 13>;
+  using HighPair = Order<2, 3, 10, 11, 6, 7, 14, 15>;
+};
+template <>
+struct Interleave<4> {
+  using Low = Order<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>;
+  using High = Order<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>;
+  using LowPair = Order<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>;
+  using HighPair = Order<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>;
+};
+
+// Four elements from each of `Groups` rows that lie four rows apart.
+template <int Groups>
+PIDIFF_INLINE typename Vector<4 * Groups>::Float load_groups(const float* from, [[maybe_unused]] std::int64_t stride) {
+  if constexpr (Groups == 1) return load<4>(from);
+#ifdef __AVX__
+  if constexpr (Groups == 2)
+    return (Vector<8>::Float)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
+                                                  _mm_loadu_ps(from + 4 * stride), 1);
+#endif
+#ifdef __AVX512F__
+  if constexpr (Groups == 4) {
+    __m512 all = _mm512_castps128_ps512(_mm_loadu_ps(from));
+    all = _mm512_insertf32x4(all, _mm_loadu_ps(from + 4 * stride), 1);
+    all = _mm512_insertf32x4(all, _mm_loadu_ps(from + 8 * stride), 2);
+    return (Vector<16>::Float)_mm512_insertf32x4(all, _mm_loadu_ps(from + 12 * stride), 3);
+  }
+#endif
+}
+
+// Rows [r, r + 4 * Groups) of `transpose`, as often as they fit.
+template <bool Scaled, int Groups>
+PIDIFF_INLINE void transpose_rows(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                                  float factor, float* to, std::int64_t to_stride, std::int64_t& r) {
+  using Way = Interleave<Groups>;
+  constexpr int height = 4 * Groups;
+  const auto put = [&](std::int64_t c, auto column) PIDIFF_LAMBDA_INLINE {
+    if constexpr (Scaled) column *= factor;
+    store<height>(to + c * to_stride + r, column);
+  };
+  for (; r + height <= rows; r += height) {
     const float* line = from + r * from_stride;
     std::int64_t c = 0;
     for (; c + 4 <= columns; c += 4) {
-      const Four a = load<4>(line + c), b = load<4>(line + from_stride + c);
-      const Four d = load<4>(line + 2 * from_stride + c), e = load<4>(line + 3 * from_stride + c);
-      const Four low_ab = PIDIFF_SHUFFLE(a, b, 0, 4, 1, 5), high_ab = PIDIFF_SHUFFLE(a, b, 2, 6, 3, 7);
-      const Four low_de = PIDIFF_SHUFFLE(d, e, 0, 4, 1, 5), high_de = PIDIFF_SHUFFLE(d, e, 2, 6, 3, 7);
-      store<4>(to + c * to_stride + r, PIDIFF_SHUFFLE(low_ab, low_de, 0, 1, 4, 5) * factor);
-      store<4>(to + (c + 1) * to_stride + r, PIDIFF_SHUFFLE(low_ab, low_de, 2, 3, 6, 7) * factor);
-      store<4>(to + (c + 2) * to_stride + r, PIDIFF_SHUFFLE(high_ab, high_de, 0, 1, 4, 5) * factor);
-      store<4>(to + (c + 3) * to_stride + r, PIDIFF_SHUFFLE(high_ab, high_de, 2, 3, 6, 7) * factor);
+      const auto a = load_groups<Groups>(line + c, from_stride);
+      const auto b = load_groups<Groups>(line + from_stride + c, from_stride);
+      const auto d = load_groups<Groups>(line + 2 * from_stride + c, from_stride);
+      const auto e = load_groups<Groups>(line + 3 * from_stride + c, from_stride);
+      const auto low_ab = Way::Low::of(a, b), high_ab = Way::High::of(a, b);
+      const auto low_de = Way::Low::of(d, e), high_de = Way::High::of(d, e);
+      put(c, Way::LowPair::of(low_ab, low_de));
+      put(c + 1, Way::HighPair::of(low_ab, low_de));
+      put(c + 2, Way::LowPair::of(high_ab, high_de));
+      put(c + 3, Way::HighPair::of(high_ab, high_de));
     }
     for (; c < columns; ++c)
-      for (std::int64_t i = 0; i < 4; ++i) to[c * to_stride + r + i] = line[i * from_stride + c] * factor;
+      for (std::int64_t i = 0; i < height; ++i)
+        to[c * to_stride + r + i] = Scaled ? line[i * from_stride + c] * factor : line[i * from_stride + c];
   }
-  for (; r < rows; ++r)
-    for (std::int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c] * factor;
 }
 
-// A register tile: sum[i][j] += a(i, k) * b[k][j] for k < depth, where b's rows are NV vectors, `ldb` floats apart.
-// Depthwise: a(i, k) = a[k * lda + i] (a column of rows), else a[i * lda + k] (rows of a row-major matrix).
-template <int MR, int NV, bool Depthwise>
-PIDIFF_INLINE void multiply(const float* a, std::int64_t lda, const float* b, std::int64_t ldb, std::int64_t depth,
-                            Float (&sum)[MR][NV]) {
-  for (std::int64_t k = 0; k < depth; ++k) {
-    Float row[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const float factor = Depthwise ? a[k * lda + i] : a[i * lda + k];
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] += factor * row[j];
-    }
-  }
+// to[c * to_stride + r] = from[r * from_stride + c], times factor if Scaled, for r < rows, c < columns. (Left to itself
+// the compiler takes scatter instructions, which are several times slower.)
+template <bool Scaled = false>
+PIDIFF_INLINE void transpose(const float* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns,
+                             float* to, std::int64_t to_stride, float factor = 1.0f) {
+  std::int64_t r = 0;
+  if constexpr (kLanes >= 16) transpose_rows<Scaled, 4>(from, from_stride, rows, columns, factor, to, to_stride, r);
+  if constexpr (kLanes >= 8) transpose_rows<Scaled, 2>(from, from_stride, rows, columns, factor, to, to_stride, r);
+  transpose_rows<Scaled, 1>(from, from_stride, rows, columns, factor, to, to_stride, r);
+  for (r = rows - rows % 4; r < rows; ++r)
+    for (std::int64_t c = 0; c < columns; ++c)
+      to[c * to_stride + r] = Scaled ? from[r * from_stride + c] * factor : from[r * from_stride + c];
 }
 
 // Calls body(integral constant MR, first row) so that the tiles cover [0, rows).

@@ -26,7 +26,7 @@ class OnnxRuntimeEngine:
         ort.disable_telemetry_events()
         self._ort, self._spec, self._device = ort, spec, device
         self._bound, self._device_values = {}, {}
-        providers, options = _providers(ort, device), _options(ort, threads, fused)
+        providers, options = _providers(ort, device), _options(ort, threads, fused, precision)
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
@@ -65,7 +65,7 @@ class OnnxRuntimeEngine:
                 self._bound[name][...] = value.numpy()
 
 
-def _options(ort, threads, fused):
+def _options(ort, threads, fused, precision):
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -74,6 +74,7 @@ def _options(ort, threads, fused):
     # Several sessions live in one process: idle pools must not spin while another graph runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if fused:
+        options.add_session_config_entry("pidiff.precision", precision)  # read when the library is registered
         options.register_custom_ops_library(str(custom_op_library()))
     return options
 

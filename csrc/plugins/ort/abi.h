@@ -50,6 +50,9 @@ enum MemoryType : int { kDefaultMemory = 0 };
     (KernelContext * context, std::size_t index, const std::int64_t* dims, std::size_t count, Value** out))        \
   X(ReleaseStatus, release_status, 93, void, (Status * status))                                                    \
   X(ReleaseTensorTypeAndShapeInfo, release_info, 99, void, (TensorInfo * info))                                    \
+  X(HasSessionConfigEntry, has_config, 237, Status*, (const SessionOptions* options, const char* key, int* out))    \
+  X(GetSessionConfigEntry, get_config, 238, Status*,                                                               \
+    (const SessionOptions* options, const char* key, char* value, std::size_t* size))                              \
   X(KernelContext_ParallelFor, parallel_for, 274, Status*,                                                         \
     (const KernelContext* context, void (*task)(void*, std::size_t), std::size_t total, std::size_t batches, void* user))
 

@@ -91,6 +91,7 @@ void require_rank(const Tensor& tensor, const char* name, std::size_t rank) {
 struct Kernel {
   Api api;
   DType dtype;
+  Implementation implementation;
   std::int64_t num_heads = 0, has_null = 0, residual = 0;
 };
 
@@ -138,7 +139,7 @@ AttentionParams text_attention(const Kernel& kernel, KernelContext* context) {
 }
 
 void compute_attention(const Kernel& kernel, KernelContext* context) {
-  attention(text_attention(kernel, context), lent_threads(kernel.api, context));
+  attention(text_attention(kernel, context), lent_threads(kernel.api, context), kernel.implementation);
 }
 
 void compute_identity_attention(const Kernel& kernel, KernelContext* context) {
@@ -172,15 +173,15 @@ void compute_identity_attention(const Kernel& kernel, KernelContext* context) {
   p.h_stride = p.y_stride = p.out_stride = {queries * channels, channels};
   p.dtype = kernel.dtype;
   const Parallel threads = lent_threads(kernel.api, context);
-  attention(text, threads);
-  identity_mix(p, threads);
+  attention(text, threads, kernel.implementation);
+  identity_mix(p, threads, kernel.implementation);
 }
 
-// One operator for one element type; T is DType as a template argument so that the C callbacks need no state.
+// One operator for one element type; all it depends on is a template argument, so that the C callbacks need no state.
 template <DType T>
 constexpr int element_type = T == DType::float32 ? kFloat : kFloat16;
 
-template <DType T, bool Identity>
+template <DType T, bool Identity, bool Low>
 CustomOp make_op() {
   CustomOp op{};
   op.version = kApiVersion;
@@ -201,7 +202,7 @@ CustomOp make_op() {
   op.create_kernel_v2 = [](const CustomOp*, Table table, const KernelInfo* info, void** out) -> Status* {
     const Api api{table};
     return guarded(api, [&] {
-      Kernel kernel{api, T};
+      Kernel kernel{api, T, Low ? Implementation::low_precision : Implementation::automatic};
       check(api.attribute_int(info, "num_heads", &kernel.num_heads));
       if (Identity) {
         check(api.attribute_int(info, "has_null", &kernel.has_null));
@@ -221,14 +222,18 @@ CustomOp make_op() {
   return op;
 }
 
+template <bool Low>
+const CustomOp* const* ops_of() {
+  static const CustomOp ops[kOps] = {make_op<DType::float32, false, Low>(), make_op<DType::float16, false, Low>(),
+                                     make_op<DType::float32, true, Low>(), make_op<DType::float16, true, Low>()};
+  static const CustomOp* const pointers[kOps] = {&ops[0], &ops[1], &ops[2], &ops[3]};
+  return pointers;
+}
+
 }  // namespace
 
-const CustomOp* const* all_ops(std::size_t* count) {
-  static const CustomOp ops[] = {make_op<DType::float32, false>(), make_op<DType::float16, false>(),
-                                 make_op<DType::float32, true>(), make_op<DType::float16, true>()};
-  static const CustomOp* const pointers[] = {&ops[0], &ops[1], &ops[2], &ops[3]};
-  *count = 4;
-  return pointers;
+const CustomOp* const* all_ops(bool low) {
+  return low ? ops_of<true>() : ops_of<false>();
 }
 
 }  // namespace pidiff::ort

@@ -7,7 +7,9 @@
 
 namespace pidiff::ort {
 
-// Attention and IdentityAttention, each for float and float16. The operators live as long as the process.
-const CustomOp* const* all_ops(std::size_t* count);
+// Attention and IdentityAttention, each for float and float16; `low` ones may round where that is faster
+// (kernels/attention.h, low_precision). The operators live as long as the process.
+constexpr std::size_t kOps = 4;
+const CustomOp* const* all_ops(bool low);
 
 }  // namespace pidiff::ort

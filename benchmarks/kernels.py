@@ -1,0 +1,165 @@
+"""How close the CPU attention kernels come to what this machine's arithmetic can do.
+
+    python -m benchmarks.kernels [--threads N] [--rounds N] [--quick] [--callgrind]
+
+The rate they are held against is measured by kernel_rate.cc (needs g++): multiply-adds on registers, in float32 and, where
+the processor has AVX-512-BF16, in bfloat16. It is an upper bound that no real product reaches; PyTorch's matmul of
+1024 x 1024 matrices is printed beside it. All are measured in turns, in one process, by processor time divided by the
+threads, so that other work on the machine disturbs as little as it can; the table has medians. Every output is first
+compared with float64 on some rows.
+
+--callgrind counts, instead of timing, the instructions of a call per multiply-add under valgrind, which noise does not touch.
+Valgrind does not know AVX-512, so that shows the AVX2 and the portable version only.
+"""
+
+import argparse
+import ctypes
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+SHAPES = [  # queries, keys, heads, head dim
+    (4096, 4096, 8, 40), (4096, 4096, 5, 64), (1024, 1024, 8, 80), (256, 256, 8, 160), (4096, 77, 8, 40), (1024, 77, 8, 80),
+]
+CALLGRIND_SHAPES = [(512, 1024, 2, 40), (512, 1024, 2, 64), (512, 77, 2, 40)]
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+
+
+def rates() -> dict:
+    """Build kernel_rate.cc; returns name -> function that runs it and returns its number of operations."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "rate.so"
+        source = Path(__file__).with_name("kernel_rate.cc")
+        subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
+        loaded = ctypes.CDLL(str(library))
+    found = {}
+    for name in ("float32", "bfloat16"):
+        function = getattr(loaded, f"{name}_operations")
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long]
+        if function(1):
+            found[name] = lambda call=function: call(1_000_000)
+    return found
+
+
+def candidates(q, k, v, heads: int) -> dict:
+    """Column -> (dtype it computes in, call that returns [S, C])."""
+    import torch
+
+    import pidiff._C as core
+
+    def ours(implementation, dtype=np.float32):
+        arrays = [x.astype(dtype) for x in (q, k, v)]
+        return lambda: core.attention(*arrays, heads, implementation)[0]
+
+    def sdpa(dtype):
+        split = [torch.from_numpy(x).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+        return lambda: torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)[0].float().numpy()
+
+    names = core.cpu_implementations()
+    result = {f"{name} f32": ("float32", ours(name)) for name in names if name in ("avx2", "avx512", "neon")}
+    result["stored f16"] = ("float16", ours("auto", np.float16))
+    if "avx512bf16" in names:
+        result["avx512bf16"] = ("bfloat16", ours("avx512bf16"))
+    return result | {"torch f32": ("float32", sdpa(torch.float32)), "torch bf16": ("bfloat16", sdpa(torch.bfloat16))}
+
+
+def check(name: str, dtype: str, got, q, k, v, heads: int) -> None:
+    rows = np.unique(np.linspace(0, len(got) - 1, 16).astype(int))
+    split = lambda x: x.astype(np.float64).reshape(len(x), heads, -1).transpose(1, 0, 2)  # noqa: E731
+    a, b, c = split(q[0][rows]), split(k[0]), split(v[0])
+    logits = a @ b.transpose(0, 2, 1) / np.sqrt(a.shape[-1])
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    exact = (weights / weights.sum(-1, keepdims=True) @ c).transpose(1, 0, 2).reshape(len(rows), -1)
+    error = np.abs(got[rows] - exact).max()
+    if not error < TOLERANCE[dtype]:
+        raise SystemExit(f"{name} must agree with float64 to {TOLERANCE[dtype]}, got {error}: not timed")
+
+
+def gflops(operations: float, call, threads: int) -> float:
+    start = time.process_time()
+    done = call()
+    return (operations or done) / (time.process_time() - start) / threads * 1e-9
+
+
+def measure(shape, rounds: int, threads: int, rate: dict) -> tuple[dict, dict]:
+    """Medians of GFLOP/s by column, and of the rates that were measured between the calls."""
+    queries, keys, heads, dim = shape
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, heads * dim), dtype=np.float32) for n in (queries, keys, keys))
+    calls, operations = candidates(q, k, v, heads), 4.0 * queries * keys * heads * dim
+    for name, (dtype, call) in calls.items():
+        check(name, dtype, call(), q, k, v, heads)
+    repeats = max(1, round(2e9 / operations))
+    times, peaks = {name: [] for name in calls}, {name: [] for name in rate}
+    for _ in range(rounds):
+        for name, peak in rate.items():
+            peaks[name].append(gflops(0, peak, 1))
+        for name, (_, call) in calls.items():
+            times[name].append(gflops(operations * repeats, lambda call=call: [call() for _ in range(repeats)], threads))
+    return tuple({n: statistics.median(x) for n, x in of.items()} for of in (times, peaks))
+
+
+def table(args) -> None:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    rate = rates()
+    a = torch.randn(1024, 1024)
+    square = statistics.median(gflops(2 * 1024**3 * 4, lambda: [a @ a for _ in range(4)], args.threads) for _ in range(9))
+    print(f"torch matmul of 1024 x 1024, float32: {square:.0f} GFLOP/s a thread")
+    for shape in SHAPES[:1] + SHAPES[4:5] if args.quick else SHAPES:
+        times, peaks = measure(shape, args.rounds, args.threads, rate)
+        print("S {} keys {} heads {} d {}; rate ".format(*shape) + ", ".join(f"{n} {p:.0f}" for n, p in peaks.items()))
+        for name, value in times.items():
+            peak = peaks["bfloat16" if name == "avx512bf16" else "float32"]
+            shown = "" if name == "torch bf16" else f"  {value / peak:.2f} of the rate"
+            print(f"  {name:12} {value:6.1f}{shown}", flush=True)
+
+
+def instructions(implementation: str, shape, calls: int, folder: str) -> int:
+    """Instructions of a Python process that calls the kernel `calls` times."""
+    queries, keys, heads, dim = shape
+    code = (f"import numpy as np, pidiff._C as c; q, k = np.ones((1, {queries}, {heads * dim}), 'f'), np.ones((1, {keys}, "
+            f"{heads * dim}), 'f')\nfor _ in range({calls}): c.attention(q, k, k, {heads}, '{implementation}')")
+    done = subprocess.run(
+        ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", sys.executable, "-c", code], text=True,
+        capture_output=True, env=os.environ | {"PIDIFF_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"})
+    if done.returncode:
+        raise SystemExit(f"valgrind failed: {done.stderr[-500:]}")
+    return int(re.search(r"Collected : (\d+)", done.stderr).group(1))
+
+
+def callgrind() -> None:
+    if shutil.which("valgrind") is None:
+        raise SystemExit("valgrind must be installed for --callgrind")
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in CALLGRIND_SHAPES:
+            for implementation in ("portable", "avx2"):
+                # The difference leaves out the interpreter's own.
+                count = (instructions(implementation, shape, 3, folder) - instructions(implementation, shape, 1, folder)) / 2
+                per = count / (2.0 * np.prod(shape))
+                print("S {} keys {} heads {} d {}".format(*shape), f"{implementation:9} {per:.3f} instructions a multiply-add",
+                      flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="two shapes only")
+    parser.add_argument("--callgrind", action="store_true", help="count instructions instead")
+    args = parser.parse_args()
+    os.environ["PIDIFF_NUM_THREADS"] = str(args.threads)
+    callgrind() if args.callgrind else table(args)
+
+
+if __name__ == "__main__":
+    main()
