@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -90,8 +91,6 @@ def write_safetensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype |
 def drop_tensors(root: Path, file: str, keys: set[str]) -> None:
     """Write the bundle's safetensors file `file` again without those of `keys` that no graph uses, and point the graphs at what
     has moved."""
-    import onnx_ir as ir
-
     paths, before = sorted(root.glob("*.onnx")), stored_tensors(root, file)
     models = {path: ir.load(path) for path in paths}
     uses = [(path, value) for path, model in models.items() for value in model.graph.initializers.values()
