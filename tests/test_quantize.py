@@ -1,6 +1,7 @@
 """Bundles with a UNet in int8: what they hold, how far they are from float, and what they leave as it is."""
 
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,9 +31,27 @@ def float_bundle(tmp_path_factory):
 
 
 @pytest.fixture
+def same_graphs(float_bundle, monkeypatch):
+    """Exports of the bundle `fused` take its graphs as they are: tracing them takes longest."""
+    monkeypatch.setattr(exporter._Export, "_write", copy_of(float_bundle))
+
+
+def copy_of(bundle):
+    def write(self, graph, case):
+        shutil.copyfile(bundle.path / f"{graph.name}.onnx", self.root / f"{graph.name}.onnx")
+        self.graphs[graph.name] = bundle.graph(graph.name)
+        return graph.name, case
+
+    return write
+
+
+@pytest.fixture(scope="module")
 def int8_bundle(tmp_path_factory):
     """By the command line, from the bundle `fused`; opening it checks every hash."""
-    return Bundle.open(shared("int8", tmp_path_factory))
+    source, out = shared("fused", tmp_path_factory), tmp_path_factory.mktemp("int8") / "out"
+    with mock.patch.object(exporter._Export, "_write", copy_of(Bundle.open(source))):
+        assert main([str(source), str(out), "--int8", "--quiet", "--report", "short"]) == 0
+    return Bundle.open(out)
 
 
 def average(bundle):
@@ -126,7 +145,7 @@ def test_the_fewest_layers_are_kept_and_the_worst_first():
     (["--opset", "23", "--attention", "standard"], "opset must be 18 with int8, got 23"),
 ])
 def test_what_does_not_go_together_is_one_sentence(options, said, tmp_path, tmp_path_factory, capsys):
-    assert main([str(shared("fused", tmp_path_factory)), str(tmp_path / "out"), "--int8", *options]) == 1
+    assert main([str(shared("fused", tmp_path_factory)), str(tmp_path / "out"), "--int8", "--quiet", *options]) == 1
     assert capsys.readouterr().err == f"pidiff-export: {said}\n" and not list(tmp_path.iterdir())
 
 
@@ -137,19 +156,22 @@ def test_an_int8_bundle_is_no_model_to_export(int8_bundle, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_that_is_stopped_leaves_nothing(float_bundle, tmp_path, monkeypatch, capsys):
-    """In the middle of calibration, on a bundle whose other graphs need not be traced again."""
-    def copied(self, graph, case):
-        shutil.copyfile(float_bundle.path / f"{graph.name}.onnx", self.root / f"{graph.name}.onnx")
-        self.graphs[graph.name] = float_bundle.graph(graph.name)
-        return graph.name, case
-
+def test_an_export_that_is_stopped_leaves_nothing(float_bundle, same_graphs, tmp_path, monkeypatch, capsys):
     def stop(*_):
         assert (next(tmp_path.glob(".out.*.part")) / "unet.onnx").is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporter._Export, "_write", copied)
     monkeypatch.setattr(exporter._Export, "_verify", lambda self, written: None)
     monkeypatch.setattr(exporter, "calibrate", stop)
     assert main([str(float_bundle.path), str(tmp_path / "out"), "--int8", "--quiet"]) == 130
     assert "nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_whole_export_in_the_standard_form(tmp_path, tmp_path_factory, capsys):
+    """Graphs traced, and a report with a picture of each engine: PyTorch's is drawn before its weights are dropped."""
+    out = tmp_path / "out"
+    assert main([str(shared("residual", tmp_path_factory)), str(out), "--int8", "--attention", "standard", "--report", "full"]) == 0
+    assert "unet keeps in float32" in capsys.readouterr().out
+    assert Bundle.open(out).json("report.json")["picture"]["figures"]["onnxruntime"]["psnr_db"] > 15
+    assert Pipeline.from_bundle(out, "onnxruntime", threads=1).generate(None, "a person", num_inference_steps=2, seed=1).images

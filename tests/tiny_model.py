@@ -81,8 +81,8 @@ printed: dict[str, str] = {}          # what the command line said when it made 
 def shared(name: str, factory) -> Path:
     """Models and bundles that several test files use, made at the first use (`factory` is pytest's tmp_path_factory).
 
-    Models: parallel, residual. Bundles: fused (of parallel), standard23 (of residual, opset 23), fp16 and int8 (by the
-    command line, from the bundle `fused`).
+    Models: parallel, residual. Bundles: fused (of parallel), standard23 (of residual, opset 23), fp16 (by the command
+    line, from the bundle `fused`).
     """
     if name not in _made:
         from pidiff.export.__main__ import main
@@ -93,8 +93,6 @@ def shared(name: str, factory) -> Path:
         out = factory.mktemp("tiny") / name
         if name in ("parallel", "residual"):
             write_model(out, name)
-        elif name == "int8":
-            assert main([str(shared("fused", factory)), str(out), "--int8", "--quiet", "--report", "short"]) == 0
         elif name == "fp16":
             text = io.StringIO()
             with contextlib.redirect_stdout(text):
