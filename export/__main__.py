@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp16", action="store_true", help="store and compute in float16 (default: compute in float32)")
     parser.add_argument("--int8", action="store_true",
                         help="compute the UNet in int8, but for layers in which that changes too much; ranges and layers are measured on "
-                             "pictures that the exporter draws. Not with --fp16. Says nothing about speed: see README")
+                             "pictures that the exporter draws. Not with --fp16. What it gains: README")
     parser.add_argument("--attention", choices=("fused", "standard"),
                         help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain "
                              "ONNX (implied by --engine)")
