@@ -22,6 +22,7 @@ OUT becomes a bundle: manifest.json (sizes, hashes, parity figures), *.onnx grap
 the graphs point into. Every graph is run in ONNX Runtime and compared with PyTorch before OUT appears.
 
   pidiff-export mini out/mini-fp16 --fp16                       the shipped model in half precision
+  pidiff-export mini out/mini-int8 --int8                       its UNet in int8, as far as that changes little
   pidiff-export mini out/mini-plain --attention standard        without custom nodes, for any ONNX engine
   pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
   pidiff-export sd15/ out/ip --adapter ip-adapter_sd15.safetensors --image-encoder image_encoder/ --fp16
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="'mini' (the shipped model) or a model folder")
     parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder to make; must not exist, or be empty")
     parser.add_argument("--fp16", action="store_true", help="store and compute in float16 (default: compute in float32)")
+    parser.add_argument("--int8", action="store_true",
+                        help="compute the UNet in int8, but for layers in which that changes too much; ranges and layers are measured on "
+                             "pictures that the exporter draws. Not with --fp16. What it gains: README")
     parser.add_argument("--attention", choices=("fused", "standard"),
                         help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain "
                              "ONNX (implied by --engine)")
@@ -107,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         from .attention import Form
-        from .bundle import STEPS, ExportOptions, export_bundle
+        from .bundle import INT8_STEPS, STEPS, ExportOptions, export_bundle
         from .lora import Lora
         from .source import Source
         from .verify import Parity, table
@@ -116,10 +120,10 @@ def _run(args: argparse.Namespace) -> int:
     single = Path(args.model) if Path(args.model).suffix == ".safetensors" else None
     source = Source(_folder(args.model, args.layout), args.adapter, args.encoder, single, tuple(map(Lora.parse, args.lora)), args.image_encoder)
     sampling = {"solver": args.solver, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    options = ExportOptions(Form(args.attention or "fused", args.opset), args.fp16, args.name,
+    options = ExportOptions(Form(args.attention or "fused", args.opset), args.fp16, args.int8, args.name,
                             {k: v for k, v in sampling.items() if v is not None}, args.cached_layers, args.report,
                             load_secret_key(args.sign) if args.sign else None)
-    with tqdm(total=STEPS, unit="graph", desc="export", leave=False, disable=args.quiet) as bar:
+    with tqdm(total=STEPS + INT8_STEPS * args.int8, unit="graph", desc="export", leave=False, disable=args.quiet) as bar:
         def report(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.update()

@@ -26,33 +26,37 @@ from pidiff.unet import cross_attention_layers
 
 from . import parts
 from .attention import Form
+from .calibrate import Calibration, calibrate
 from .graphs import Graph
 from .parts import Sizes, example_of
 from .picture import draw
+from .quantize import write_quantized
 from .ranges import Ranges, float32_islands, measure
 from .report import check_mode, write_report
 from .source import Source
 from .step import step_unet
 from .to_onnx import read_spec, write_graph
 from .verify import Case, Parity, custom_op_library, measure_engine, other_engines, verify_graph
-from .weights import ExportError, WeightIndex, load_stored, write_safetensors
+from .weights import ExportError, WeightIndex, drop_tensors, load_stored, write_safetensors
 
 FACE_GRAPHS = ("face_pnet", "face_rnet", "face_onet")
 FACE_LICENCE = "LICENSE-facenet-pytorch"
 _UNET, _VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 STEPS = 13          # graphs to write and verify, and a picture, for a progress bar; see `Report`
+INT8_STEPS = 4      # more of them
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """form: how attention is written. fp16: store and compute in float16. sampling: defaults stored for the runtime
+    """form: how attention is written. fp16: store and compute in float16. int8: compute the UNet in int8. sampling: defaults stored for the runtime
     (solver, num_inference_steps, guidance_scale, use_karras_sigmas). outer: up layers that a cached step runs (pidiff.caching); 0
     writes no graph for it. report: full, short, none, or auto (report.py). secret: key to sign the bundle with."""
 
     form: Form = Form()
     fp16: bool = False
+    int8: bool = False
     name: str | None = None
     sampling: dict = field(default_factory=dict)
     outer: int = 1
@@ -66,6 +70,11 @@ def export_bundle(source: Source, out: Path, options: ExportOptions = ExportOpti
     `report` is called with the name of every graph when it has been verified, and before a picture is drawn. Raises ExportError, CheckpointError or
     BundleError in one sentence; whatever happens, `out` is either whole or not there.
     """
+    if options.int8 and options.fp16:
+        raise ExportError("int8 must be False with fp16, whose layers are in float16, got True")
+    if options.int8 and options.form.opset != 18:
+        # ONNX Runtime 1.32 makes a graph of opset 23 with a Transpose behind a layer into one that it cannot run.
+        raise ExportError(f"opset must be 18 with int8, got {options.form.opset}")
     if options.form.fused:
         custom_op_library()
     _check_disk(source, out, options.fp16)
@@ -84,7 +93,11 @@ class _Export:
         self.parity: dict[str, Parity] = {}
         self.ranges: dict[str, Ranges] = {}
         self.engines: dict[str, dict[str, dict]] = {}       # engine beside ONNX Runtime -> graph -> what was measured
+        self.unet_cases: dict[str, Case] = {}
+        self.int8: Calibration | None = None
         self.old = _manifest_of(source.folder)
+        if self.old is not None and self.old.precision == "int8":
+            raise ExportError(f"MODEL must hold float weights, got the int8 bundle {source.folder}: export what it was made of")
 
     def run(self, writer: BundleWriter):
         torch.manual_seed(0)
@@ -106,24 +119,44 @@ class _Export:
         self._matting()
         model = self._unet()
         self._faces()
-        fields = {
+        if self.options.int8:
+            self._quantize(writer.draft(**self._fields(model)))
+        fields = self._fields(model)
+        if self.options.report != "none":
+            self._report(writer.draft(**fields))
+        if self.int8:
+            # Not before the report: PyTorch draws its picture from these.
+            drop_tensors(self.root, _UNET, {f"{layer}.weight" for layer in self.int8.ranges})
+        return writer.commit(self.options.secret, **fields)
+
+    def _fields(self, model: dict) -> dict:
+        """The manifest's, as far as the bundle has been written."""
+        kept = {n: r.islands for n, r in self.ranges.items() if r.islands}
+        if self.int8 and self.int8.kept:
+            kept["unet"] = self.int8.kept
+        return {
             "name": self.options.name or (self.old.name if self.old else self.source.name), "family": "sd1",
-            "precision": self.precision, "attention": self.options.form.attention, "opset": self.options.form.opset,
+            "precision": "int8" if self.int8 else self.precision, "attention": self.options.form.attention, "opset": self.options.form.opset,
             "graphs": self.graphs, "model": model,
             "scheduler": self.options.sampling or (self.old.scheduler if self.old else {}), "sources": self._sources(),
             "licences": self._licences(), "tools": _tools(), "parity": {n: p.to_dict() for n, p in self.parity.items()},
-            "float32_layers": {n: r.islands for n, r in self.ranges.items() if r.islands},
+            "float32_layers": kept,
         }
-        if self.options.report != "none":
-            self._report(writer.draft(**fields))
-        return writer.commit(self.options.secret, **fields)
+
+    def _quantize(self, manifest) -> None:
+        """Turn the UNet's graphs into int8 ones, by measurement on the bundle as it is, and verify them again."""
+        average = self.sizes.samples["latent_avg"].numpy()
+        self.int8 = calibrate(Bundle(self.root, manifest), average, _UNET, self.report)
+        for name in self.unet_cases:
+            write_quantized(self.root / self.graphs[name].file, self.root, _UNET, self.int8.ranges)
+        self._verify(list(self.unet_cases.items()), "int8")
 
     def _report(self, manifest) -> None:
         picture = None
         if self.options.report == "full":
             self.report("picture")
             picture = draw(Bundle(self.root, manifest), ["onnxruntime", *self.engines])
-        write_report(self.root, manifest, self.ranges, self.engines, picture)
+        write_report(self.root, manifest, self.ranges, self.engines, picture, self.int8)
 
     # --- parts ---
 
@@ -194,6 +227,7 @@ class _Export:
         layers = cross_attention_layers(unet)
         del unet, adapter, step, modules
         self._verify(written)
+        self.unet_cases = {name: case for name, case in written if name.startswith("unet")}
         s = self.sizes
         return {
             "latent_channels": s.channels, "image_size": s.side * s.scale_factor, "vae_scale_factor": s.scale_factor,
@@ -279,14 +313,15 @@ class _Export:
         self.weights.refresh()
         return graph.name, case
 
-    def _verify(self, written: list[tuple[str, Case]]) -> None:
+    def _verify(self, written: list[tuple[str, Case]], precision: str | None = None) -> None:
         """Run graphs of a part whose module has been let go: ONNX Runtime holds the weights a second time."""
         self.weights.clear()
         gc.collect()
         _return_memory()
         for name, case in written:
             spec = self.graphs[name]
-            self.parity[name] = verify_graph(self.root / spec.file, spec, case, self.precision, self.options.form.fused)
+            self.parity[name] = verify_graph(self.root / spec.file, spec, case, precision or self.precision,
+                                             self.options.form.fused)
             if self.options.report == "full":
                 self._other_engines(name, spec, case)
             self.report(name)

@@ -18,6 +18,7 @@ from pidiff.runtime.images import encode_png
 
 from .errors import ExportError
 from .memory import available_memory
+from .calibrate import Calibration
 from .picture import LARGE, Picture
 from .ranges import Ranges
 from .source import Source
@@ -57,31 +58,34 @@ def predicted_memory(parameters: dict[str, int]) -> int:
 
 
 def write_report(root: Path, manifest: Manifest, ranges: dict[str, Ranges], engines: dict[str, dict[str, dict]],
-                 picture: Picture | None) -> None:
+                 picture: Picture | None, int8: Calibration | None = None) -> None:
     """Write both files into the bundle at `root`. engines: name -> graph -> figures, of those beside ONNX Runtime."""
-    content = make_report(manifest, ranges, engines, picture)
+    content = make_report(manifest, ranges, engines, picture, int8)
     (root / FILES[0]).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (root / FILES[1]).write_text(make_html(content, picture.images if picture else {}), encoding="utf-8")
 
 
 def make_report(manifest: Manifest, ranges: dict[str, Ranges], engines: dict[str, dict[str, dict]],
-                picture: Picture | None) -> dict:
+                picture: Picture | None, int8: Calibration | None = None) -> dict:
     """Everything that was measured, as JSON."""
     graphs = {}
     for graph, parity in manifest.parity.items():
         half = manifest.precision == "fp16" and graph not in _FLOAT32
-        found = {"onnxruntime": {**parity, "computed_in": _WIDENED if half else "float32"}}
+        quantized = int8 is not None and graph.startswith("unet")
+        found = {"onnxruntime": {**parity, "computed_in": _WIDENED if half else _INT8 if quantized else "float32"}}
         graphs[graph] = {**found, **{e: g[graph] for e, g in engines.items() if graph in g}}
     return {
         "version": VERSION, "bundle": manifest.name, "precision": manifest.precision, "attention": manifest.attention,
         "opset": manifest.opset, "reference": REFERENCE, "tools": manifest.tools, "graphs": graphs,
         "float16": {graph: r.to_dict() for graph, r in ranges.items()},
+        "int8": int8.to_dict() if int8 else None,
         "picture": {"settings": picture.settings, "figures": picture.figures} if picture else None,
         "compiled_engines": "Engines for GPUs are added to a bundle after this was written; manifest.json lists them: built, not run here",
     }
 
 
 _WIDENED = "float16, widened where ONNX Runtime has no kernel for it"
+_INT8 = "int8 where quantised, else float32"
 _FLOAT32 = ("text_conditioner", "id_conditioner", "time_conditioner", "face_matting")     # in any bundle; see graphs.py
 
 
@@ -93,7 +97,7 @@ def make_html(report: dict, images: dict[str, np.ndarray]) -> str:
             for graph, found in report["graphs"].items() for engine, f in found.items()]
     parts = [f"<h1>Verification of {_text(title)}</h1><p class=note>Reference: {_text(report['reference'])}.</p>",
              "<h2>Graphs</h2>", _table(("graph", "engine", "computed in", "max error", "mean error", "max relative"), rows, 3),
-             "<h2>Picture</h2>", _picture(report["picture"], images), "<h2>float16</h2>", _float16(report),
+             "<h2>Picture</h2>", _picture(report["picture"], images), "<h2>float16</h2>", _float16(report), "<h2>int8</h2>", _int8(report["int8"]),
              f"<h2>Compiled engines</h2><p>{_text(report['compiled_engines'])}.</p><p class=note>Made with "
              f"{_text(', '.join(f'{k} {v}' for k, v in report['tools'].items()))}.</p>"]
     return page(f"Verification of {title}", "\n".join(parts))
@@ -137,6 +141,15 @@ def _float16(report: dict) -> str:
     return (_table(("graph", "layer with the largest value", "value", "of float16's range", "kept in float32"), rows, 2)
             + "<p class=note>Measured in float32, on the inputs of the comparison above, attention as plain operators. What passes half "
               "of float16's range is kept in float32.</p>")
+
+
+def _int8(int8: dict | None) -> str:
+    if int8 is None:
+        return "<p>Nothing is computed in int8.</p>"
+    rows = list(int8["kept_in_float32"].items())
+    return (f"<p>{int8['int8_layers']} layers of the UNet are computed in int8, {len(rows)} are kept in float32. Together they change its "
+            f"result by {100 * int8['relative_error']:.2f} % (root mean square over {int8['calls']} calls of the sampling loop), at most "
+            f"{100 * int8['bound']:g} % by choice.</p>{_table(('kept in float32', 'why'), rows, 2)}")
 
 
 def _table(head: tuple, rows: list[tuple], numbers_from: int) -> str:

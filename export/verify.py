@@ -21,7 +21,7 @@ from pidiff.runtime.pipeline import HOT_GRAPHS
 from .weights import ExportError
 
 # Largest allowed error, relative to the largest value of the reference.
-BOUNDS = {"fp32": 2e-4, "fp16": 3e-2}
+BOUNDS = {"fp32": 2e-4, "fp16": 3e-2, "int8": 0.2}
 _THREADS = 2
 
 

@@ -5,18 +5,20 @@ tensor in it as external data by location, offset and length. That is how a bund
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from .errors import ExportError
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-         "I32": torch.int32, "BOOL": torch.bool}
+         "I32": torch.int32, "I8": torch.int8, "BOOL": torch.bool}
 _NAMES = {v: k for k, v in TYPES.items()}
 _ALIGNMENT = 64
 
@@ -84,6 +86,26 @@ def write_safetensors(path: Path, state: dict[str, Tensor], dtype: torch.dtype |
         file.write(struct.pack("<Q", len(text)) + text)
         for key in keys:
             file.write(_bytes(_checked(state[key].detach(), targets[key], f"{part} {key}")))
+
+
+def drop_tensors(root: Path, file: str, keys: set[str]) -> None:
+    """Write the bundle's safetensors file `file` again without those of `keys` that no graph uses, and point the graphs at what
+    has moved."""
+    paths, before = sorted(root.glob("*.onnx")), stored_tensors(root, file)
+    models = {path: ir.load(path) for path in paths}
+    uses = [(path, value) for path, model in models.items() for value in model.graph.initializers.values()
+            if isinstance(value.const_value, ir.ExternalTensor) and str(value.const_value.location) == file]
+    names = {entry.offset: key for key, entry in before.items()}
+    used = {names[value.const_value.offset] for _, value in uses}
+    write_safetensors(root / f"{file}.new", {k: e.read(root) for k, e in before.items() if k in used or k not in keys}, None, file)
+    os.replace(root / f"{file}.new", root / file)
+    after = stored_tensors(root, file)
+    for _, value in uses:
+        old = value.const_value
+        entry = after[names[old.offset]]
+        value.const_value = ir.ExternalTensor(file, entry.offset, entry.length, old.dtype, shape=old.shape, name=old.name, base_dir=root)
+    for path in {path for path, _ in uses}:
+        ir.save(models[path], path)
 
 
 def _checked(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

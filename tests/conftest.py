@@ -21,7 +21,8 @@ import pytest
 
 # Tests that use what takes longest to make: each group in one process, and begun first.
 GROUPS = ("exports", "trained")
-EXPORTING = ("test_export.py", "test_parity.py", "test_export_source.py", "test_ip_adapter.py")
+EXPORTING = ("test_export.py", "test_parity.py", "test_export_source.py", "test_ip_adapter.py",
+             "test_quantize.py")
 
 
 @pytest.hookimpl(tryfirst=True)
