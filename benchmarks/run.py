@@ -103,7 +103,7 @@ def measure(bench: Bench, ways: list[table.Way], rounds: int, quick: bool) -> di
             row, started = rows[way.name], time.time()
             preset = way.job.get("preset", "exact")
             steps = {"exact": 4 if quick else STEPS, "balanced": STEPS // 2, "fast": STEPS // 4}[preset]
-            result = bench.draw(way, [2, steps] if preset == "exact" else [steps, steps])
+            result = bench.draw(way, [1 if quick else 2, steps] if preset == "exact" else [steps, steps])
             if "error" in result:
                 row["error"] = result["error"]
                 continue
