@@ -133,13 +133,16 @@ def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Pat
     """A model folder: diffusers' layout plus `w_plus_encoder/`, `adapter/` and `directions.safetensors`.
 
     `adapter_file` and `encoder_file` take published W+ Adapter and e4e files in place of these folders, `new_adapter` a
-    kind of `new_adapter_config` for an untrained one. An exported bundle is such a folder too, so it loads the same way.
+    kind of `new_adapter_config` for an untrained one. An exported bundle is such a folder too, so it loads the same way, but
+    one in int8 does not.
     """
     from diffusers import UNet2DConditionModel
 
     folder = Path(folder)
     if not (folder / "unet").is_dir():
         raise CheckpointError(f"model must be a folder with unet/, vae/, text_encoder/ and tokenizer/, got {folder}")
+    if (folder / "unet" / "int8.safetensors").is_file():
+        raise CheckpointError(f"model must hold float weights, got the int8 bundle {folder}")
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).eval()
     text_encoder, tokenizer = _load_text(folder)
     encoder = load_encoder(folder / "w_plus_encoder") if encoder_file is None else load_e4e(encoder_file)

@@ -13,11 +13,13 @@ pytest.importorskip("diffusers")
 from safetensors.numpy import load_file
 from tiny_model import shared
 
+from pidiff.checkpoint import CheckpointError
 from pidiff.export import bundle as exporter
 from pidiff.export.__main__ import main
 from pidiff.export.calibrate import BOUND, choose, record
 from pidiff.export.quantize import INT8_FILE
 from pidiff.export.verify import BOUNDS, open_session
+from pidiff.model import load_model
 from pidiff.runtime import Pipeline
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.identity import Identity
@@ -82,9 +84,7 @@ def test_weights_are_stored_once_and_the_bundle_shrinks(float_bundle, int8_bundl
     layers = {k.removesuffix(".weight") for k in stored if k.endswith(".weight")}
     assert not layers & set(int8_bundle.manifest.float32_layers["unet"])
     assert {stored[f"{n}.weight"].dtype.name for n in layers} == {"int8"}
-    # Of the quantised ones, float copies are left of what id_conditioner reads too.
-    twice = {n for n in layers if f"{n}.weight" in left}
-    assert all(n.endswith("attn2.to_out.0") for n in twice) and set(before) - set(left) == {f"{n}.weight" for n in layers - twice}
+    assert set(before) - set(left) == {f"{n}.weight" for n in layers}
     assert all(np.array_equal(left[k], before[k]) for k in left)
     for name in layers:
         axis = int(stored[f"{name}.weight"].ndim == 2)      # a MatMul takes its weight as [in, out], a Conv as [out, in, ...]
@@ -149,7 +149,9 @@ def test_what_does_not_go_together_is_one_sentence(options, said, tmp_path, tmp_
     assert capsys.readouterr().err == f"pidiff-export: {said}\n" and not list(tmp_path.iterdir())
 
 
-def test_an_int8_bundle_is_no_model_to_export(int8_bundle, tmp_path, capsys):
+def test_an_int8_bundle_is_no_model_to_export_or_train(int8_bundle, tmp_path, capsys):
+    with pytest.raises(CheckpointError, match="model must hold float weights, got the int8 bundle"):
+        load_model(int8_bundle.path)
     assert main([str(int8_bundle.path), str(tmp_path / "out"), "--quiet"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("pidiff-export: MODEL must hold float weights, got the int8 bundle") and said.count("\n") == 1
