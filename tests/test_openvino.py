@@ -286,6 +286,19 @@ def test_several_shapes(bundles, rng, static):
     assert len(engine._requests) == (engine_module.KEPT_SHAPES if static else 1)
 
 
+def test_large_graphs_are_compiled_once_for_any_batch(bundles, rng, monkeypatch):
+    """Their weights are in memory once, whatever the number of pictures; other shapes are still compiled for themselves."""
+    monkeypatch.setattr(engine_module, "ANY_BATCH_BYTES", 1)
+    bundle = Bundle.open(bundles["fp32"])
+    engine, other = opened(bundle, "unet", static=True), opened(bundle, "unet", "onnxruntime")
+    for batch, people, kept in ((2, 1, 1), (1, 1, 1), (3, 1, 1), (2, 2, 2), (1, 1, 2)):
+        inputs = drawn_inputs(bundle.graph("unet"), rng, B=batch, P=people)
+        expected = call(other, inputs)
+        for name, value in call(engine, inputs).items():
+            np.testing.assert_allclose(value, expected[name], atol=1e-5)
+        assert len(engine._requests) == kept
+
+
 def test_threads(bundles):
     for threads in (1, 2):
         engine = opened(Bundle.open(bundles["fp32"]), "text_conditioner", threads=threads)

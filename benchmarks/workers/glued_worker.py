@@ -5,7 +5,8 @@
 
 from pathlib import Path
 
-from diffusers_worker import caller, make_pipeline
+import numpy as np
+from diffusers_worker import EMBED, caller, make_pipeline
 from protocol import work
 
 
@@ -31,7 +32,7 @@ def convert(pipe, folder, job):
             return self.vae.decode(latents, return_dict=False)[0]
 
     side, text = job["size"] // 8, pipe.unet.config.cross_attention_dim
-    example = (torch.randn(2, 4, side, side), torch.tensor(1.0), torch.randn(2, 77, text), torch.randn(2, 1, 1024))
+    example = (torch.randn(2, 4, side, side), torch.tensor(1.0), torch.randn(2, 77, text), torch.randn(2, 1, EMBED))
     with torch.no_grad():
         openvino.save_model(openvino.convert_model(Unet(pipe.unet).eval(), example_input=example, input=[tuple(e.shape) for e in example]), folder / "unet.xml")
         latents = torch.randn(1, 4, side, side)
@@ -51,7 +52,8 @@ def load(job):
     core = openvino.Core()
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job["threads"], "CACHE_DIR": str(folder / "cache")}
     unet, decoder = (core.compile_model(folder / f"{name}.xml", "CPU", config) for name in ("unet", "vae_decoder"))
-    person = extra["ip_adapter_image_embeds"][0].numpy()
+    # Zeros make tokens, hence values, of zeros: nobody.
+    person = extra["ip_adapter_image_embeds"][0].numpy() if job["identity"] else np.zeros((2, 1, EMBED), np.float32)
     run = lambda model, *inputs: torch.from_numpy(model(inputs)[0])
     pipe.unet.forward = lambda sample, timestep, encoder_hidden_states, **_: (
         run(unet, sample.numpy(), timestep.float().numpy(), encoder_hidden_states.numpy(), person),)

@@ -12,13 +12,16 @@ from .openvino_ops import core
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
 CACHE_BYTES = 8 << 30
+# From here on weights are packed once for all numbers of pictures: compiled for one of them, Stable Diffusion's UNet takes 5 GB and
+# is no faster; a small graph like that of `mini`, compiled for any, is a fifth slower.
+ANY_BATCH_BYTES = 256 << 20
 
 
 class OpenVinoEngine:
     """One compiled graph that works on the caller's memory (protocol: engines.Engine).
 
-    A static graph is compiled for every shape that is bound, the last `KEPT_SHAPES` of them are kept; another one is
-    compiled once for all shapes when it is loaded. Compiled graphs also go into the user's cache (files.private_cache).
+    A static graph is compiled for every shape that is bound (a large one for any batch, see `ANY_BATCH_BYTES`), the last
+    `KEPT_SHAPES` of them are kept; another one is compiled once for all shapes when it is loaded. Compiled graphs also go into the user's cache (files.private_cache).
     """
 
     def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
@@ -33,6 +36,7 @@ class OpenVinoEngine:
         self._model = self._try("load", lambda: core().read_model(path))
         ports = (*self._model.inputs, *self._model.outputs)  # a tensor may have several names
         check_names(Path(path), spec, [next(filter(spec.tensor, port.names), port.any_name) for port in ports])
+        self._any_batch = static and _constant_bytes(self._model) >= ANY_BATCH_BYTES
         if not static:
             self._request_for({})
 
@@ -71,7 +75,7 @@ class OpenVinoEngine:
 
     def _request_for(self, bound):
         """Return the inference request that is compiled for the shapes of these arrays."""
-        shapes = {t.name: bound[t.name].shape for t in self._spec.inputs} if self._static else {}
+        shapes = {t.name: self._shape(t, bound[t.name]) for t in self._spec.inputs} if self._static else {}
         key = tuple(shapes.values())
         if key not in self._requests:
             while len(self._requests) >= KEPT_SHAPES:
@@ -79,6 +83,10 @@ class OpenVinoEngine:
             self._requests[key] = self._try("compile", lambda: self._compile(shapes)).create_infer_request()
         self._requests.move_to_end(key)
         return self._requests[key]
+
+    def _shape(self, spec, array):
+        """Return what an input is compiled for: -1 stands for any size."""
+        return tuple(-1 if self._any_batch and axis == "B" else n for axis, n in zip(spec.shape, array.shape))
 
     def _compile(self, shapes):
         if shapes:
@@ -105,6 +113,10 @@ def _config(threads, precision):
     return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
             "EXECUTION_MODE_HINT": "PERFORMANCE" if low else "ACCURACY",
             **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+
+
+def _constant_bytes(model):
+    return sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
 
 
 def _shared(array):
