@@ -75,8 +75,9 @@ def main(argv: list[str] | None = None) -> None:
 
     generator, dtype = torch.Generator().manual_seed(args.seed), getattr(torch, args.dtype)
 
-    def write(part: str, module: nn.Module, file: str, gain: float = 0.7) -> None:
-        write_safetensors(args.out / part / file, random_state(module, generator, gain), dtype, part)
+    def write(part: str, module: nn.Module, file: str, gain: float = 0.7, prefix: str = "") -> None:
+        state = {k if k.startswith(prefix) else prefix + k: v for k, v in random_state(module, generator, gain).items()}
+        write_safetensors(args.out / part / file, state, dtype, part)
         print(part, f"{sum(p.numel() for p in module.parameters()):,} parameters", flush=True)
 
     tokenizer = build_tokenizer(args.out / "tokenizer", text_length=TEXT["max_position_embeddings"])
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     unet.save_config(args.out / "unet")
     write("vae", vae, "diffusion_pytorch_model.safetensors")
     vae.save_config(args.out / "vae")
-    write("text_encoder", text, "model.safetensors")
+    write("text_encoder", text, "model.safetensors", prefix="text_model.")     # as published; transformers 5 has dropped it
     text.config.save_pretrained(args.out / "text_encoder")
     # Without trained batch norms, 24 residual blocks must not add up.
     write("w_plus_encoder", encoder, "model.safetensors", gain=0.5)

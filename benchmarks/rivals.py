@@ -21,7 +21,7 @@ ENVIRONMENTS = {
     "diffusers": [TORCH, "diffusers>=0.32", "transformers>=5.0", "accelerate>=0.34", "openvino>=2025.2"],
     "optimum": [TORCH, "optimum-onnx[onnxruntime]", "diffusers>=0.32"],
     "genai": [TORCH, "openvino-genai", "optimum-intel", "openvino-tokenizers", "diffusers>=0.32", "accelerate>=0.34"],
-    "sdcpp": ["stable-diffusion-cpp-python"],
+    "sdcpp": ["stable-diffusion-cpp-python", "numpy"],
 }
 
 
@@ -112,7 +112,7 @@ def prepare(way: Way, work: Path, model: Path, job: dict) -> None:
     if way.worker == "glued_worker":
         def convert(part):
             spec = work / "prepare.json"
-            spec.write_text(json.dumps(way.job | job | {"converted": str(part), "prepare": True, "steps": [], "begun": 0, "out": str(work / "prepared.json")}))
+            spec.write_text(json.dumps(way.job | job | {"solver": "ddim", "converted": str(part), "prepare": True, "steps": [], "begun": 0, "out": str(work / "prepared.json")}))
             run([python, WORKERS / "glued_worker.py", spec], log)
         once(work / "glued", convert)
     elif way.worker == "genai_worker":

@@ -5,7 +5,7 @@
 Stable Diffusion 1.5's configuration with random weights, 512 px, guidance (two rows a step), 20 steps of DPM++ 2M, decoded; PIDiff
 and the rivals that can (diffusers with an IP-Adapter; the same with its UNet and decoder in OpenVINO) draw a person, the others do
 without, which is less work. Every way to draw runs in a process of its own, one after another, in rounds, so that a busy moment
-meets all of them; numbers are medians. Before anything is timed every way draws two steps of the same noise without a person, and
+meets all of them; numbers are medians. Before anything is timed every way draws two steps of DDIM from the same noise without a person, and
 where its maths is PIDiff's the pictures must agree. `--rivals` installs them first, each into an environment of its own under
 `--work` (about 25 GB with the weights). Growth with size, batch, people and threads is measured for PIDiff, a step each; `mini`'s
 enrolment, cold start and host overhead are measured for themselves. `--quick`: one round, few steps, whole pictures reckoned from
@@ -57,7 +57,7 @@ class Bench:
         """What a worker says of the pictures, with `error` where it failed."""
         self.count += 1
         file = self.work / "jobs" / f"{self.count:03d}-{''.join(c if c.isalnum() else '-' for c in way.name)}"
-        job = {"size": SIZE, "steps": steps, "batch": 1, "threads": self.threads, "guidance_scale": GUIDANCE, "prompt": PROMPT,
+        job = {"size": SIZE, "solver": "dpmpp_2m", "steps": steps, "batch": 1, "threads": self.threads, "guidance_scale": GUIDANCE, "prompt": PROMPT,
                "identity": way.identity, **way.job, **changes}
         job |= {"noise": str(self.noise(job["size"])), "out": str(file.with_suffix(".result.json")), "begun": time.time()}
         file.with_suffix(".json").write_text(json.dumps(job))
@@ -80,7 +80,7 @@ def check(bench: Bench, ways: list[table.Way]) -> dict[str, str]:
     for way in sorted(distinct, key=lambda w: w is not judge):
         print("check", way.name, flush=True)
         file = bench.work / "picture.npy"
-        result = bench.draw(way, [2], identity=False, keep=str(file), native=False)
+        result = bench.draw(way, [2], identity=False, keep=str(file), solver="ddim")
         if "error" in result:
             found[way.name] = f"failed: {result['error']}"
             continue

@@ -24,18 +24,28 @@ def ip_adapter(unet):
     return {"image_proj": projection, "ip_adapter": layers}
 
 
+def make_scheduler(config, solver):
+    """diffusers' scheduler for a solver as PIDiff names it; of the configuration what its class knows."""
+    import inspect
+
+    import diffusers
+
+    name, extra = {"ddim": ("DDIMScheduler", {}), "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2})}[solver]
+    cls = getattr(diffusers, name)
+    return cls(**{k: v for k, v in dict(config).items() if k in inspect.signature(cls.__init__).parameters} | extra)
+
+
 def make_pipeline(job, dtype):
-    """StableDiffusionPipeline with DPM++ 2M, and the arguments of a call that give it a person."""
+    """StableDiffusionPipeline, and the arguments of a call that give it a person."""
     import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
     pipe = StableDiffusionPipeline.from_pretrained(job["model"], torch_dtype=dtype, local_files_only=True, safety_checker=None,
                                                    requires_safety_checker=False)
-    known = {k: v for k, v in dict(pipe.scheduler.config).items() if k not in ("skip_prk_steps", "set_alpha_to_one", "clip_sample") and k[0] != "_"}
-    pipe.scheduler = DPMSolverMultistepScheduler(**known, algorithm_type="dpmsolver++", solver_order=2)
+    pipe.scheduler = make_scheduler(pipe.scheduler.config, job["solver"])
     pipe.set_progress_bar_config(disable=True)
     extra = {}
     if job["identity"]:

@@ -1,20 +1,19 @@
 """optimum with ONNX Runtime: a Stable Diffusion pipeline without a person, which it has no way to take."""
 
 import numpy as np
+from diffusers_worker import make_scheduler
 from protocol import work
 
 
 def load(job):
     import onnxruntime
     import torch
-    from diffusers import DPMSolverMultistepScheduler
     from optimum.onnxruntime import ORTStableDiffusionPipeline
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job["threads"]
     pipe = ORTStableDiffusionPipeline.from_pretrained(job["model"], session_options=options, provider="CPUExecutionProvider", local_files_only=True)
-    known = {k: v for k, v in dict(pipe.scheduler.config).items() if k not in ("skip_prk_steps", "set_alpha_to_one", "clip_sample") and k[0] != "_"}
-    pipe.scheduler = DPMSolverMultistepScheduler(**known, algorithm_type="dpmsolver++", solver_order=2)
+    pipe.scheduler = make_scheduler(pipe.scheduler.config, job["solver"])
     pipe.set_progress_bar_config(disable=True)
 
     def generate(steps, clock):

@@ -19,7 +19,7 @@ def load(job):
         pipeline.enroll(job["photo"])
         facts["enroll_warm_s"] = time.perf_counter() - begun
     regions = None if len(people) < 2 else [(i / len(people), 0, (i + 1) / len(people), 1) for i in range(len(people))]
-    options = {} if job.get("native") else {"height": job["size"], "width": job["size"], "scheduler": "dpmpp_2m"}
+    options = {} if job.get("native") else {"height": job["size"], "width": job["size"], "scheduler": job["solver"]}
 
     def generate(steps, clock):
         chosen = {"preset": job["preset"]} if job.get("preset", "exact") != "exact" else {"num_inference_steps": steps}

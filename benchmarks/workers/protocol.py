@@ -6,7 +6,7 @@ A worker knows the standard library, NumPy and its own rival, nothing of PIDiff 
 `generate(pictures)` once and then draws the pictures of the job; the result goes to JOB's `out` as JSON, and the first picture
 as an array beside it where the job names a file for it.
 
-    job: model, size (pixels), steps (of each picture to draw, in order), batch, threads, guidance_scale, prompt, noise (.npy,
+    job: model, size (pixels), solver (ddim, dpmpp_2m), steps (of each picture to draw, in order), batch, threads, guidance_scale, prompt, noise (.npy,
     [1, 4, h, w]), identity (bool), precision, begun (time.time() of the start of the process), out, keep, and what the rival needs
 """
 
