@@ -36,8 +36,10 @@ GROWTH = [{"size": 256}, {"size": 512}, {"size": 768}, {"batch": 2}, {"batch": 4
 def environment() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=table.ROOT).stdout.strip()
     model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    where = next((i for i, a in enumerate(sys.argv) if a == "--work"), len(sys.argv))                  # nobody else's path
+    command = " ".join(["python -m benchmarks.run", *sys.argv[1:where], *sys.argv[where + 2:]])
     return {"date": datetime.date.today().isoformat(), "commit": commit, "processor": model, "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(), "system": platform.platform(), "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]])}
+            "python": platform.python_version(), "system": platform.platform(), "command": command}
 
 
 class Bench:
@@ -65,7 +67,7 @@ class Bench:
             command = [table.python_of(self.work, way.environment), str(table.WORKERS / f"{way.worker}.py"), str(file.with_suffix(".json"))]
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(job["threads"])})
         out = Path(job["out"])
-        return json.loads(out.read_text()) if out.is_file() else {"rows": [], "error": f"the process was killed, see {file}.log"}
+        return json.loads(out.read_text()) if out.is_file() else {"rows": [], "error": f"the process was killed, see jobs/{file.name}.log"}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -6,10 +6,12 @@ from protocol import work
 
 
 def load(job):
-    from pidiff.runtime import Pipeline, __file__ as runtime
+    from importlib.metadata import version
+
+    from pidiff.runtime import Pipeline
 
     pipeline = Pipeline.from_bundle(job["model"], engine=job["engine"], threads=job["threads"], precision=job["precision"])
-    facts = {"version": runtime.rsplit("/", 2)[0], "engine": job["engine"]}
+    facts = {"version": f"pidiff {version('pidiff-edge')}", "engine": job["engine"]}
     people = []
     if job["identity"]:
         begun = time.perf_counter()
