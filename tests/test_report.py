@@ -164,6 +164,6 @@ def test_large_models_get_a_short_report_and_a_full_one_needs_memory(tmp_path_fa
 def test_text_in_a_report_is_escaped():
     report = {"bundle": "<script>alert(1)</script>", "precision": "fp32", "attention": "fused", "opset": 18, "reference": "r",
               "tools": {}, "graphs": {"unet": {"openvino": {"problem": "a <b> & c"}}}, "float16": {}, "picture": None,
-              "compiled_engines": "none"}
+              "compiled_engines": "none", "int8": None}
     page = reports.make_html(report, {})
     assert "<script" not in page and "a &lt;b&gt; &amp; c" in page

@@ -338,7 +338,7 @@ def test_edit_and_mix(pipe):
 
 
 def test_another_encoder_is_mentioned(pipe):
-    with pytest.warns(UserWarning, match="enrolled with another W. encoder"):
+    with pytest.warns(UserWarning, match="enrolled with another encoder"):
         pipe.generate(Identity(person().w_plus, encoder="0" * 64), PROMPT)
 
 

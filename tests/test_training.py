@@ -172,18 +172,18 @@ def test_autoencoder_draws_photos_better(people):
     renderer.measure(latents)
     model = FaceAutoencoder(WPlusEncoder(W_PLUS_MINI), renderer)
     loss_fn, rng = AutoencoderLoss(model, people, latents, 12), np.random.default_rng(0)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
     def drawn() -> float:
         with torch.no_grad():
             return float(loss_fn(np.random.default_rng(1))[1]["drawn"])
 
     before = drawn()
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         loss_fn(rng)[0].backward()
         optimizer.step()
-    assert drawn() < 0.75 * before
+    assert drawn() < 0.8 * before
 
 
 def test_codes_get_only_the_errors_they_do_not_have():
