@@ -141,7 +141,8 @@ def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Pat
     folder = Path(folder)
     if not (folder / "unet").is_dir():
         raise CheckpointError(f"model must be a folder with unet/, vae/, text_encoder/ and tokenizer/, got {folder}")
-    if (folder / "unet" / "int8.safetensors").is_file():
+    manifest = folder / "manifest.json"
+    if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("precision") == "int8":
         raise CheckpointError(f"model must hold float weights, got the int8 bundle {folder}")
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).eval()
     text_encoder, tokenizer = _load_text(folder)
