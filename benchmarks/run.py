@@ -27,6 +27,7 @@ import numpy as np
 
 from . import rivals as table
 from .mini import measure_mini
+from .presets import psnr
 
 PROMPT, GUIDANCE, STEPS, SIZE = "a photo of a person", 7.5, 20, 512
 LIKE = {"fp32": 35.0, "full": 35.0, "auto": 25.0, "bf16": 25.0}         # dB that a picture of the same noise must reach
@@ -68,11 +69,6 @@ class Bench:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(job["threads"])})
         out = Path(job["out"])
         return json.loads(out.read_text()) if out.is_file() else {"rows": [], "error": f"the process was killed, see jobs/{file.name}.log"}
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = np.square(a.astype(np.float64) - b).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def check(bench: Bench, ways: list[table.Way]) -> dict[str, str]:
@@ -187,8 +183,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/benchmarks"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
-    if not args.out.parent.is_dir():
-        parser.error(f"out must be in a folder that exists, got {args.out}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     work, report = args.work.resolve(), {"environment": environment(), "growth": []}
     work.mkdir(parents=True, exist_ok=True)
     model, bundle = table.prepare_ours(work)

@@ -17,7 +17,7 @@ def _replaced(text: str, pairs) -> str:
     return reduce(lambda t, pair: re.sub(*pair, t), pairs, text)
 
 
-def unet_name(key: str, layers: int = 2, blocks: int = 4) -> str:
+def unet_name(key: str, layers: int = 2) -> str:
     """diffusers' name of a UNet's tensor -> the first release's, without its prefix."""
     if "resnets" in key:
         key = _replaced(key, RESNET)
@@ -46,14 +46,14 @@ def vae_name(key: str, blocks: int = 4) -> str:
                            (r"\.to_([qkv])\.", r".\1."), (r"to_out\.0", "proj_out")])
 
 
-def first_release(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of everything that the file holds."""
+def first_release(folder: Path, layers: int = 2, blocks: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of everything that the file holds. layers: of the UNet's blocks; blocks: of the autoencoder's halves."""
     tensors = lambda part: load_file(next((folder / part).glob("*.safetensors"))).items()
     for key, value in tensors("unet"):
-        yield f"model.diffusion_model.{unet_name(key)}", value
+        yield f"model.diffusion_model.{unet_name(key, layers)}", value
     for key, value in tensors("vae"):
         flat = "attentions" in key and value.ndim == 2                  # was a convolution with a kernel of one pixel
-        yield f"first_stage_model.{vae_name(key)}", value[..., None, None] if flat else value
+        yield f"first_stage_model.{vae_name(key, blocks)}", value[..., None, None] if flat else value
     for key, value in tensors("text_encoder"):
         yield f"cond_stage_model.transformer.{key if key.startswith('text_model.') else f'text_model.{key}'}", value
 

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 pytest.importorskip("diffusers")
+first_release = pytest.importorskip("benchmarks.single_file").first_release
 
 from safetensors.torch import load_file, save_file
 from tiny_model import make_unet, shared
@@ -28,51 +29,12 @@ OUT, CONV, ONE = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
 
 # --- one file --------------------------------------------------------------------------------------------------------
 
-def replaced(text, pairs):
-    return functools.reduce(lambda t, p: re.sub(*p, t), pairs, text)
-
-
-RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
-          ("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection")]
-
-
-def unet_name(key):
-    """The name that the first release gave a tensor of a UNet with one layer a block."""
-    key = replaced(key, RESNET) if "resnets" in key else key
-    for pattern, name in (
-            (r"time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"), (r"conv_in", "input_blocks.0.0"),
-            (r"conv_norm_out", "out.0"), (r"conv_out", "out.2"),
-            (r"down_blocks\.(\d)\.(resnets|attentions)\.(\d)", lambda m: f"input_blocks.{1 + 2 * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}"),
-            (r"down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{2 + 2 * int(m[1])}.0.op"),
-            (r"mid_block\.(resnets|attentions)\.(\d)", lambda m: f"middle_block.{1 if m[1] == 'attentions' else 2 * int(m[2])}"),
-            (r"up_blocks\.(\d)\.(resnets|attentions)\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}"),
-            (r"up_blocks\.0\.upsamplers\.0\.conv", "output_blocks.1.1.conv")):
-        key, count = re.subn("^" + pattern, name, key)
-        if count:
-            return key
-    raise KeyError(key)
-
-
-def vae_name(key):
-    return replaced(key, [(r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut"), (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
-                          (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"), (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{1 - int(m[1])}.block"),
-                          (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample"), (r"mid_block\.attentions\.0", "mid.attn_1"),
-                          (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"), (r"group_norm", "norm"),
-                          (r"\.to_([qkv])\.", r".\1."), (r"to_out\.0", "proj_out")])
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """(checkpoint in one file, folder without these weights, the folder that it was made of)."""
     whole = shared("residual", tmp_path_factory)
     folder = tmp_path_factory.mktemp("one")
-    load = lambda part: load_file(next((whole / part).glob("*.safetensors")))
-    state = {f"model.diffusion_model.{unet_name(k)}": v.half() for k, v in load("unet").items()}
-    for key, value in load("vae").items():
-        flat = "attentions" in key and value.ndim == 2                  # was a convolution with a kernel of one pixel
-        state[f"first_stage_model.{vae_name(key)}"] = value[..., None, None].clone() if flat else value
-    text = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load("text_encoder").items()}
-    state |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()}
+    state = {k: v.half() if k.startswith("model.") else v.clone() for k, v in first_release(whole, layers=1, blocks=2)}
     state |= {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(12)[None], "alphas_cumprod": torch.ones(1000)}
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "tiny.safetensors")
     shutil.copytree(whole, folder / "layout")
