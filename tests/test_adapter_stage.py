@@ -39,8 +39,8 @@ def test_background_term_counts_only_what_the_identity_changes_outside(adapter_l
     loss = adapter_loss(dis=0.0, loc=0.0)
     draw = loss.draw
 
-    def everything_is_face(rng):
-        task = draw(rng)
+    def everything_is_face(*args):
+        task = draw(*args)
         return dataclasses.replace(task, masks=torch.ones_like(task.masks))
 
     loss.draw = everything_is_face
@@ -80,7 +80,7 @@ def test_preserving_the_whole_picture_holds_the_background_term(adapter_loss):
     """W+ Adapter's term is unmasked: with a mask that is all background both are the same number."""
     loss = adapter_loss(dis=0.0, loc=0.0, bg=1.0, preserve=1.0)
     draw = loss.draw
-    loss.draw = lambda rng: (lambda task: dataclasses.replace(task, masks=torch.zeros_like(task.masks)))(draw(rng))
+    loss.draw = lambda *args: (lambda task: dataclasses.replace(task, masks=torch.zeros_like(task.masks)))(draw(*args))
     parts = loss(np.random.default_rng(0))[1]
     torch.testing.assert_close(parts["preserve"], parts["bg"])
     assert parts["preserve"] > 0

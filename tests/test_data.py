@@ -115,12 +115,15 @@ def test_missing_pictures_are_named(people_folder, tmp_path):
 class HalfGenerator:
     """Stands in for the synthesis network: features that hold the code, spread over the grid."""
 
+    batch = 1
+
     def w(self, z):
         return z.astype(np.float32) * 0.3
 
     def features(self, w):
-        grid = np.linspace(0.5, 1.5, 64, dtype=np.float32)
-        return np.broadcast_to(w[:, None, None] * grid[:, None], (512, 64, 64)).astype(np.float32)
+        torch = pytest.importorskip("torch")
+        grid = torch.linspace(0.5, 1.5, 64)[:, None]
+        return (torch.from_numpy(w).float()[:, :, None, None] * grid).expand(-1, 512, 64, 64)
 
 
 def test_drafted_people_load_as_training_data_and_a_second_run_makes_nothing_new(people_folder, tmp_path, monkeypatch):
@@ -176,7 +179,7 @@ def test_the_read_out_learns_pictures_and_masks(people_folder):
 
     def error(steps):
         model = draft.fit(HalfGenerator(), people, pictures=6, steps=steps)
-        drawn = [draft.draw(model, HalfGenerator().features(w), w)[0].astype(np.float32) for w in people.w]
-        return np.abs(np.stack(drawn) - people.images).mean()
+        drawn = draft.draw(model, HalfGenerator().features(people.w), people.w)[0]
+        return np.abs(drawn.astype(np.float32) - people.images).mean()
 
     assert error(25) < 0.8 * error(1)

@@ -1,5 +1,7 @@
 """The trainer: exact resume, several processes, accumulated passes, averaging, and the Muon optimiser."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,62 @@ def test_resume_is_exact(tmp_path):
     assert resumed.step == 6
     for a, b in zip(whole.ema.parameters(), resumed.ema.parameters()):
         assert torch.equal(a, b)
+
+
+class Prepared:
+    """A loss whose batches need no model; notes who drew them."""
+
+    def __init__(self, model):
+        self.model, self.pids = model, set()
+
+    def prepare(self, rng):
+        return torch.from_numpy(rng.normal(size=(8, 4)).astype(np.float32)), os.getpid()
+
+    def __call__(self, rng, batch):
+        self.pids.add(batch[1])
+        return (self.model(batch[0] + torch.randn(4) + float(rng.normal())) ** 2).mean(), {}
+
+
+def test_workers_draw_the_same_batches(tmp_path):
+    def run(workers, accumulate):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+        config = TrainConfig(steps=5, batch_size=8, accumulate=accumulate, precision="fp32", workers=workers)
+        loss = Prepared(model)
+        Trainer(model, torch.nn.Linear(4, 1), config, tmp_path / f"{workers}-{accumulate}", lambda *_: None).run(loss)
+        return model.weight, loss.pids
+
+    for accumulate in (1, 3):
+        (alone, own), (helped, others) = run(0, accumulate), run(2, accumulate)
+        assert torch.equal(alone, helped) and own == {os.getpid()} and len(others) == 2 and not own & others
+
+
+def test_a_loss_that_cannot_share_its_batches_says_so(tmp_path):
+    model = torch.nn.Linear(4, 1)
+    trainer = Trainer(model, model, TrainConfig(steps=1, batch_size=1, workers=1), tmp_path, lambda *_: None)
+    with pytest.raises(ValueError, match="workers must be 0 for this stage, got 1"):
+        trainer.run(lambda rng: (model(torch.randn(1, 4)).sum(), {}))
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
+        TrainConfig(workers=-1)
+
+
+def test_orthogonal_updates_do_not_depend_on_their_neighbours():
+    from pidiff.train.muon import Muon, orthogonalize
+    torch.manual_seed(0)
+    shapes = [(24, 40), (40, 24), (24, 40), (32, 8, 3, 3)]
+    start, grads = [torch.randn(s) for s in shapes], [torch.randn(s) for s in shapes]
+
+    def stepped(chosen):
+        params = [torch.nn.Parameter(start[i].clone()) for i in chosen]
+        for p, i in zip(params, chosen):
+            p.grad = grads[i]
+        Muon(params, lr=0.1, dtype=torch.float32).step()
+        return params
+
+    for i, p in enumerate(stepped(range(4))):
+        torch.testing.assert_close(p, stepped([i])[0])
+    values = torch.linalg.svdvals(orthogonalize(grads[1], dtype=torch.float32))
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_precision_is_measured_and_kept(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def synth(args) -> None:
 
 def draft(args) -> None:
     from .draft import draft as draw_people
-    draw_people(args.out, args.like, args.people, args.seed)
+    draw_people(args.out, args.like, args.people, args.seed, args.device)
 
 
 def photos(args) -> None:
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     fast.add_argument("--like", type=Path, required=True, help="folder written by `pidiff-data synth`")
     fast.add_argument("--people", type=int, default=47000)
     fast.add_argument("--seed", type=int, default=0)
+    fast.add_argument("--device", default="cpu", help="where to draw, for example cuda (default: cpu)")
     real = commands.add_parser("photos", help="prepare photos of real people")
     real.add_argument("photos", type=Path, help="folder of photos and tar shards")
     real.add_argument("--out", type=Path, required=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoint import load_strict, read_tensors, save_weights
 from ..train.muon import Muon, split_parameters
 from .people import DIRECTIONS, People, load_people
-from .synth import PER_TAR, Generator, add_file, write_latents, write_manifest
+from .synth import PER_TAR, BatchGenerator, Generator, add_file, write_latents, write_manifest
 
 SIZE, CUT, MARGIN = 128, 64, 4                      # pixels, features per side, features lost at a crop's border
 
@@ -61,7 +61,7 @@ def fit(generator: Generator, people: People, pictures: int = 860, steps: int = 
     chosen = rng.permutation(len(people))[:pictures]
     features = np.zeros((len(chosen), CUT, CUT, 512), np.float16)
     for row, i in enumerate(tqdm(chosen, desc="features", disable=None)):
-        features[row] = generator.features(people.w[i]).transpose(1, 2, 0)
+        features[row] = generator.features(people.w[i:i + 1])[0].permute(1, 2, 0).cpu()
     torch.manual_seed(seed)
     model = Readout().to(memory_format=torch.channels_last)
     model.scale.copy_(torch.from_numpy(features[:60, ::4, ::4].astype(np.float32).std((0, 1, 2)) + 1e-3))
@@ -97,25 +97,25 @@ def _loss(model: Readout, features: np.ndarray, people: People, chosen: np.ndarr
 
 
 @torch.no_grad()
-def draw(model: Readout, features: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Picture uint8 [128, 128, 3] RGB and mask uint8 [128, 128]."""
-    output = model(torch.from_numpy(features)[None], torch.from_numpy(w)[None])[0]
-    rgb = (output[:3].clamp(-1, 1) + 1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
-    return rgb, (output[3].sigmoid() * 255).byte().numpy()
+def draw(model: Readout, features: Tensor, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 [N, 128, 128, 3] RGB and masks uint8 [N, 128, 128] of features [N, 512, 64, 64] and codes [N, 512]."""
+    output = model(features, torch.from_numpy(w.astype(np.float32)).to(features.device))
+    rgb = (output[:, :3].clamp(-1, 1) + 1).mul(127.5).round().byte().permute(0, 2, 3, 1)
+    return rgb.cpu().numpy(), (output[:, 3].sigmoid() * 255).byte().cpu().numpy()
 
 
-def draft(out: Path, like: Path, people: int, seed: int) -> None:
+def draft(out: Path, like: Path, people: int, seed: int, device: str = "cpu") -> None:
     """Write new people to train on, one picture each, in the layout of `people.py`: drawn like the whole generator's
     pictures in the folder `like`. Goes on where an earlier run with the same arguments stopped."""
     out.mkdir(parents=True, exist_ok=True)
-    generator, known = Generator(), load_people(like, SIZE)
+    generator, known = Generator() if device == "cpu" else BatchGenerator(device), load_people(like, SIZE)
     file = out / "readout.safetensors"
     if file.is_file():
         model = load_strict(Readout(), read_tensors(file), "readout").eval()
     else:
         model = fit(generator, known)
         save_weights(model, file)
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
     rng = np.random.default_rng((seed, 1))                           # others than `synth` draws with this seed
     identities = [10 * (i // 8) + i % 8 for i in range(people)]      # all for training: none ends in 8 or 9
     codes = generator.w(rng.standard_normal((identities[-1] + 1, 512)))
@@ -129,12 +129,14 @@ def draft(out: Path, like: Path, people: int, seed: int) -> None:
         if not path.is_file():
             temporary = path.with_suffix(".tmp")
             with tarfile.open(temporary, "w") as tar:
-                for row in part:
-                    w = known.mean + row["psi"] * (codes[row["identity"]] - known.mean) + sum(row[d] * known.directions[d] for d in DIRECTIONS)
-                    image, mask = draw(model, generator.features(w), w.astype(np.float32))
-                    add_file(tar, row["file"], cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1])
-                    add_file(tar, row["file"].replace(".jpg", ".mask.png"), cv2.imencode(".png", mask)[1])
-                    bar.update()
+                for first in range(0, len(part), generator.batch):
+                    some = part[first:first + generator.batch]
+                    w = np.stack([known.mean + row["psi"] * (codes[row["identity"]] - known.mean)
+                                  + sum(row[d] * known.directions[d] for d in DIRECTIONS) for row in some])
+                    for row, image, mask in zip(some, *draw(model, generator.features(w), w)):
+                        add_file(tar, row["file"], cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1])
+                        add_file(tar, row["file"].replace(".jpg", ".mask.png"), cv2.imencode(".png", mask)[1])
+                    bar.update(len(some))
             os.replace(temporary, path)
         else:
             bar.update(len(part))

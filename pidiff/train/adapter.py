@@ -80,9 +80,9 @@ class AdapterLoss(BaseLoss):
         mean = encoder.latent_avg[0]
         return 1 - F.cosine_similarity(encoder.main_code(white).float() - mean, task.w_plus[chosen, 0] - mean).mean()
 
-    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    def __call__(self, rng: np.random.Generator, batch: tuple | None = None) -> tuple[Tensor, dict]:
         self.held.close()
-        terms, task = self.terms, self.draw(rng)
+        terms, task = self.terms, self.draw(rng, batch)
         with torch.no_grad():
             if terms.bg or terms.preserve:
                 without = self.predict(task, task.w_plus, torch.zeros_like(task.id_scale))[0]

@@ -15,7 +15,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,14 +23,14 @@ from tqdm import tqdm
 
 from ..checkpoint import save_weights
 from ..config import ADAPTER_MINI, save_config
-from ..data.factors import EXPRESSIONS, caption, composite
+from ..data.factors import EXPRESSIONS, caption
 from ..data.people import People, compose
 from ..identity import IdentityAdapter
 from ..model import MINI_SCHEDULER, MINI_TEXT, Model, mini_text_encoder, mini_unet
 from ..sampling import encode_prompts, make_scheduler
 from ..tokenizer import build_tokenizer
 from ..unet import attach
-from .common import to_tensor, training_timesteps
+from .common import on_white, to_tensor, training_timesteps
 from .mapper import alignment_loss, face_window
 
 
@@ -144,16 +143,13 @@ class BaseLoss:
         if options.likeness and (model.w_plus_encoder is None or people.faces is not None):
             raise ValueError(f"likeness must be 0 without an encoder and for photos that are not aligned, got {options.likeness}")
 
-    def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
-        """Latents [B, C, h, w], person masks [B, 1, h, w], captions; and the picture indices."""
+    def prepare(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str], Tensor, Tensor]:
+        """What needs no model: pictures uint8 [B, S, S, 3], person masks uint8 [B, S, S], captions, and their `codes`."""
         indices = rng.integers(len(self.people), size=self.batch_size)
         pictures = [compose(self.people, int(i), rng) for i in indices]
-        with torch.no_grad():
-            latents = self.model.encode_image(to_tensor(np.stack([p[0] for p in pictures])).to(self.device)).float()
-        masks = torch.from_numpy(np.stack([p[1] for p in pictures]))[:, None].to(self.device)
-        masks = F.interpolate(masks, size=latents.shape[-2:], mode="area")
         captions = ["" if rng.random() < self.options.text_drop else caption(p[2], rng) for p in pictures]
-        return latents, masks, captions, indices
+        images, masks = (torch.from_numpy(x) for x in (np.stack([p[0] for p in pictures]), self.people.masks[indices]))
+        return images, masks, captions, *self.codes(indices, captions, rng)
 
     def codes(self, indices: np.ndarray, captions: list[str], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """w_plus [B, L, 512] of a reference picture per person (zeros = null identity), id_scale [B]."""
@@ -165,7 +161,7 @@ class BaseLoss:
             code = np.zeros((self.levels, 512)) if kind < o.id_null else self.code(reference, rng) + self.move(text, rng)
             w_plus.append(code)
             scale.append(0.0 if o.id_null <= kind < o.id_null + o.id_off else 1.0)
-        return (torch.from_numpy(np.stack(w_plus).astype(np.float32)).to(self.device), torch.tensor(scale, device=self.device))
+        return torch.from_numpy(np.stack(w_plus).astype(np.float32)), torch.tensor(scale)
 
     def code(self, reference: int, rng: np.random.Generator) -> np.ndarray:
         """Code [L, 512] of a reference picture: exact with some noise, or the encoder's with the encoder's errors."""
@@ -187,10 +183,13 @@ class BaseLoss:
         """Timesteps [count] to train at."""
         return training_timesteps(count, self.alphas_cumprod)
 
-    def draw(self, rng: np.random.Generator) -> "Task":
-        """A batch with noise added and its conditions."""
-        latents, masks, captions, indices = self.batch(rng)
-        w_plus, id_scale = self.codes(indices, captions, rng)
+    def draw(self, rng: np.random.Generator, batch: tuple | None = None) -> "Task":
+        """A batch (of `prepare`) with noise added and its conditions."""
+        images, masks, captions, w_plus, id_scale = self.prepare(rng) if batch is None else batch
+        images, masks, w_plus, id_scale = (x.to(self.device, non_blocking=True) for x in (images, masks, w_plus, id_scale))
+        with torch.no_grad():
+            latents = self.model.encode_image(to_tensor(images)).float()
+        masks = F.interpolate(masks[:, None].float() / 255, size=latents.shape[-2:], mode="area")
         prompt_embeds = encode_prompts(self.model, captions)
         timesteps = self.timesteps(len(latents), rng)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -213,8 +212,8 @@ class BaseLoss:
         alpha = self.alphas_cumprod[task.timesteps].view(-1, 1, 1, 1)
         return 1 / (alpha + (1 - alpha) * self.variance)
 
-    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
-        task = self.draw(rng)
+    def __call__(self, rng: np.random.Generator, batch: tuple | None = None) -> tuple[Tensor, dict]:
+        task = self.draw(rng, batch)
         output, maps = self.predict(task, task.w_plus, task.id_scale)
         diffusion = ((output - task.target).square() * self.weight(task) * self.window).mean()
         local = localisation_loss(maps, task.masks, task.real)
@@ -299,15 +298,9 @@ def training_alphas(scheduler: dict) -> Tensor:
 
 
 @torch.no_grad()
-def encoder_bank(encoder: nn.Module, people: People) -> np.ndarray:
-    """Codes [N, L, 512] of every picture, background painted white as in `enroll`."""
-    size, parts = encoder.config.input_size, []
-    encoder = encoder.to(memory_format=torch.channels_last)
-    for start in tqdm(range(0, len(people), 50), desc="codes", disable=None):
-        rows = range(start, min(start + 50, len(people)))
-        faces = [people.images[i] if people.faces is None else people.faces[i] for i in rows]
-        if people.faces is None:
-            faces = [composite(f, people.masks[i].astype(np.float32) / 255, np.full_like(f, 255)) for i, f in zip(rows, faces)]
-        white = np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA) for f in faces])
-        parts.append(encoder(to_tensor(white).to(memory_format=torch.channels_last)))
+def encoder_bank(encoder: nn.Module, people: People, batch: int = 50) -> np.ndarray:
+    """Codes [N, L, 512] of every picture, background painted white as in `enroll`. Computed where the encoder is."""
+    encoder, device = encoder.to(memory_format=torch.channels_last), encoder.latent_avg.device
+    parts = [encoder(on_white(people, slice(start, start + batch), device, encoder.config.input_size)).cpu()
+             for start in tqdm(range(0, len(people), batch), desc="codes", disable=None)]
     return torch.cat(parts).numpy()

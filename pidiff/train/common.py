@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data.people import People
 from .muon import Muon, split_parameters
 from .precision import AUTO, PRECISIONS, agreed, autocast, fastest_precision
 
@@ -40,8 +44,11 @@ class TrainConfig:
     seed: int = 0
     precision: str = AUTO               # bf16 | fp16 (with loss scaling) | fp32, autocast; auto: bf16 or fp32, whichever is faster
     device: str = "cpu"
+    workers: int = 0                    # processes that draw the next batches meanwhile: a GPU waits for one that draws itself
 
     def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         for name in ("steps", "batch_size", "accumulate", "save_every"):
@@ -114,9 +121,37 @@ class Log:
             self.writer.close()
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What a loss draws for one pass, by (step, stream): a seed for PyTorch, the generator as it is after `prepare`, and the
+    batch (None for losses that have no `prepare`). It depends on nothing else, so that any process can draw it."""
+
+    seed: int
+    prepare: Callable[[np.random.Generator], object] | None
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[int, np.random.Generator, object]:
+        rng = np.random.default_rng((self.seed, *place))
+        seed = int(rng.integers(2 ** 62))
+        return seed, rng, self.prepare(rng) if self.prepare else None
+
+    def over(self, places: Iterator[tuple[int, int]], workers: int) -> Iterator:
+        """The draws of `places` in their order, by `workers` processes ahead of time."""
+        if not workers:
+            return map(self.__getitem__, places)
+        if self.prepare is None:
+            raise ValueError(f"workers must be 0 for this stage, got {workers}: its batches need the model")
+        return iter(DataLoader(self, batch_size=None, sampler=places, num_workers=workers, prefetch_factor=4, collate_fn=_unchanged,
+                               multiprocessing_context="fork", worker_init_fn=lambda _: cv2.setNumThreads(0)))
+
+
+def _unchanged(draw: tuple) -> tuple:
+    return draw
+
+
 @dataclass
 class Trainer:
-    """Runs `loss_fn(rng) -> (loss, scalars)` on `model`, keeping averaged weights in `ema`.
+    """Runs `loss_fn(rng) -> (loss, scalars)` on `model`, keeping averaged weights in `ema`. A loss that has `prepare(rng) -> batch`,
+    for what needs no model, is called with (rng, batch).
 
     The checkpoint `state.pt` in `out` holds everything needed to go on; a killed run resumes from it. Random numbers
     depend on seed, step and process only; a run that began in one precision goes on in it. With several processes each draws its own batch of `batch_size`, gradients
@@ -177,9 +212,11 @@ class Trainer:
         c = self.config
         bar = tqdm(total=c.steps if c.minutes is None else None, initial=self.step, unit="step", disable=True if self.rank else None, dynamic_ncols=True)
         log = Log(self.out if self.rank == 0 else None)
+        places = ((step, self.rank + i * self.world_size) for step in count(self.step) for i in range(c.accumulate))
+        draws = Draws(c.seed, getattr(loss_fn, "prepare", None)).over(places, c.workers)
         while self.progress() < 1:
             started = time.perf_counter()
-            scalars = self._step(loss_fn)
+            scalars = self._step(loss_fn, draws)
             taken = time.perf_counter() - started
             self._count_time(taken)
             rate = self.world_size * c.batch_size * c.accumulate / taken
@@ -209,7 +246,7 @@ class Trainer:
             average_over_processes([taken])
         self.seconds += float(taken)
 
-    def _step(self, loss_fn) -> dict[str, float]:
+    def _step(self, loss_fn, draws: Iterator) -> dict[str, float]:
         c = self.config
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = group["initial_lr"] * self.rate()
@@ -217,8 +254,8 @@ class Trainer:
         # The CPU flash kernel's backward takes three times the time of plain matrix products at these sizes.
         backends = [SDPBackend.MATH] if c.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         with sdpa_kernel(backends):             # around backward too: gradient checkpointing must recompute with the same kernel
-            for i in range(c.accumulate):
-                loss, scalars = self._pass(loss_fn, self.rank + i * self.world_size)
+            for _ in range(c.accumulate):
+                loss, scalars = self._pass(loss_fn, *next(draws))
                 self.scaler.scale(loss / c.accumulate).backward()
         if dist.is_initialized():
             average_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -232,13 +269,11 @@ class Trainer:
         average(self.ema, self.model, min(c.ema_decay, (1 + self.step) / (10 + self.step)))
         return {k: round(float(v), 4) for k, v in {"loss": loss.detach(), **scalars}.items()}
 
-    def _pass(self, loss_fn, stream: int) -> tuple[Tensor, dict]:
-        """Loss of one batch; its random numbers depend on seed, step and stream."""
-        c = self.config
-        rng = np.random.default_rng((c.seed, self.step, stream))
-        torch.manual_seed(int(rng.integers(2 ** 62)))
-        with autocast(c.device, self.precision):
-            loss, scalars = loss_fn(rng)
+    def _pass(self, loss_fn, seed: int, rng: np.random.Generator, batch) -> tuple[Tensor, dict]:
+        """Loss of one batch; its random numbers depend on the configuration's seed, step and stream."""
+        torch.manual_seed(seed)
+        with autocast(self.config.device, self.precision):
+            loss, scalars = loss_fn(rng) if batch is None else loss_fn(rng, batch)
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss must be finite, got {loss.item()} at step {self.step}; lower the learning rates")
         return loss, scalars
@@ -266,9 +301,22 @@ class Trainer:
             self.precision = state.get("precision", self.precision)
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+def to_tensor(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], on a tensor's device."""
+    images = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def on_white(people: People, rows: slice, device: str | torch.device, size: int | None = None) -> Tensor:
+    """People as `enroll` shows them to the encoder, on white: float32 [B, 3, S, S] in [-1, 1] on a device, `size` pixels if given.
+    The faces of photos are so already."""
+    picture = torch.from_numpy(people.images[rows] if people.faces is None else people.faces[rows]).to(device).permute(0, 3, 1, 2).float()
+    if people.faces is None:
+        alpha = ((torch.from_numpy(people.masks[rows]).to(device)[:, None].float() / 255 - 0.3) / 0.6).clamp(0, 1)      # as `composite`
+        picture = (picture * alpha + 255 * (1 - alpha) + 0.5).floor()
+    if size not in (None, picture.shape[-1]):
+        picture = F.interpolate(picture, size=(size, size), mode="area").round()
+    return picture.div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
 def to_images(tensor: Tensor) -> np.ndarray:

@@ -112,6 +112,7 @@ class DecoderLoss:
 @torch.no_grad()
 def finishing_error(vae: nn.Module, sampled: Sampled) -> float:
     """Mean absolute error (0-255) of decoded latents of the sampler."""
-    parts = [np.abs(to_images(vae.decode(sampled.latents[i:i + 40].float())).astype(np.float32) - sampled.images[i:i + 40]).mean()
+    device = next(vae.parameters()).device
+    parts = [np.abs(to_images(vae.decode(sampled.latents[i:i + 40].float().to(device))).astype(np.float32) - sampled.images[i:i + 40]).mean()
              for i in range(0, len(sampled.images), 40)]
     return float(np.mean(parts))

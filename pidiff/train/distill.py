@@ -82,8 +82,8 @@ class DistillLoss(BaseLoss):
             noisy = ddim_step(noisy, clean, alpha, to)
         return noisy, to
 
-    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
-        task = self.draw(rng)
+    def __call__(self, rng: np.random.Generator, batch: tuple | None = None) -> tuple[Tensor, dict]:
+        task = self.draw(rng, batch)
         landed, to = self.guide(task)
         alpha = self.alphas_cumprod[task.timesteps].view(-1, 1, 1, 1)
         target = output_for(self.model.scheduler, task.noisy, clean_for_step(task.noisy, landed, alpha, to), alpha)

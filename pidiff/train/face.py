@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..data.factors import COLOURS, SCENES, composite, paint_background
 from ..data.people import People
 from .augment import misalign, photograph
-from .common import to_tensor
+from .common import on_white, to_tensor
 from .mapper import MapperLoss, RenderingMapper
 
 
@@ -57,11 +57,15 @@ class EncoderLoss:
         """Standardised latents [B, C, h, w] of codes [B, 512]."""
         return self.renderer(codes[:, None].expand(-1, self.model.config.num_styles, -1)).float()
 
-    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    def prepare(self, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
+        """Indices and augmented pictures uint8 [B, S, S, 3]."""
         indices = rng.integers(len(self.people), size=self.batch_size)
-        images, _ = _people_batch(self.people, indices, rng, white_background)
+        return indices, torch.from_numpy(_people_batch(self.people, indices, rng, white_background)[0])
+
+    def __call__(self, rng: np.random.Generator, batch: tuple | None = None) -> tuple[Tensor, dict]:
+        indices, images = self.prepare(rng) if batch is None else batch
         target = torch.from_numpy(self.people.w[indices]).to(self.device)
-        code = self.model.main_code(to_tensor(images).to(self.device)).float()
+        code = self.model.main_code(to_tensor(images.to(self.device))).float()
         loss = ((code - target) / self.std).square().mean()
         if self.renderer is None:
             return loss, {}
@@ -91,15 +95,20 @@ class AutoencoderLoss:
         self.drawing = MapperLoss(model.renderer, people, latents, None, batch_size, device)
         self.std = float((people.w - people.mean).std())
 
-    def __call__(self, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    def prepare(self, rng: np.random.Generator) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Indices, augmented pictures uint8 [M, S, S, 3] of the first M, exact codes [B - M, L, 512] of the others."""
         indices = rng.integers(len(self.people), size=self.batch_size)
         shown = max(1, round(self.batch_size * self.encoded))
-        images, _ = _people_batch(self.people, indices[:shown], rng, white_background)
-        main = self.model.encoder.main_code(to_tensor(images).to(self.device)).float()
+        images = torch.from_numpy(_people_batch(self.people, indices[:shown], rng, white_background)[0])
+        return indices, images, torch.from_numpy(self.drawing.exact(indices[shown:], rng))
+
+    def __call__(self, rng: np.random.Generator, batch: tuple | None = None) -> tuple[Tensor, dict]:
+        indices, images, exact = self.prepare(rng) if batch is None else batch
+        shown = len(images)
+        main = self.model.encoder.main_code(to_tensor(images.to(self.device))).float()
         code = ((main - torch.from_numpy(self.people.w[indices[:shown]]).to(self.device)) / self.std).square().mean()
         w_plus = main[:, None].expand(-1, self.model.encoder.config.num_styles, -1)
-        exact = torch.from_numpy(self.drawing.exact(indices[shown:], rng)).to(self.device)
-        drawn, from_exact = self.drawing.errors(torch.cat([w_plus, exact]), indices).split([shown, len(exact)])
+        drawn, from_exact = self.drawing.errors(torch.cat([w_plus, exact.to(self.device)]), indices).split([shown, len(exact)])
         loss = drawn.mean() + self.code * code + (self.exact * from_exact.mean() if len(exact) else 0)
         return loss, {"drawn": drawn.mean().detach(), "code": code.detach()}
 
@@ -107,8 +116,7 @@ class AutoencoderLoss:
 @torch.no_grad()
 def encoder_scores(model: nn.Module, people: People) -> dict[str, float]:
     """Held-out error: share of code variance not explained, and cosine of centred codes."""
-    white = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images, people.masks)]
-    w = torch.cat([model(to_tensor(np.stack(white[i:i + 50]))).mean(1) for i in range(0, len(white), 50)]).numpy()
+    w = torch.cat([model(on_white(people, slice(i, i + 50), "cpu")).mean(1) for i in range(0, len(people), 50)]).numpy()
     got, want = w - people.mean, people.w - people.mean
     cosine = (got * want).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(want, axis=1)
     return {"unexplained": float(((got - want) ** 2).mean() / (want ** 2).mean()), "cosine": float(cosine.mean())}

@@ -6,6 +6,7 @@ latents of a person on white from the person's code, the inner face weighing mos
 many times in minutes; the base stage then keeps the mapper as it is and learns where to look and what to make of it.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -18,10 +19,9 @@ from tqdm import tqdm
 from ..attention import split_heads
 from ..checkpoint import load_strict, read_tensors
 from ..config import ADAPTER_MINI, AdapterConfig
-from ..data.factors import composite
 from ..data.people import People
 from ..identity import IdentityAdapter, WPlusMapper
-from .common import to_tensor
+from .common import on_white
 from .precision import autocast
 
 
@@ -43,6 +43,7 @@ def likeness_weight(std: Tensor, size: int) -> Tensor:
     return weight / weight.mean()
 
 
+@functools.cache
 def cells_met(config: AdapterConfig, side: int) -> Tensor:
     """Which cells of the token grid lie where a position of a side x side map lies: [side^2, tokens of a group] bool."""
     def along(cells: int) -> Tensor:
@@ -138,13 +139,10 @@ def load_renderer(file: Path) -> RenderingMapper:
 @torch.no_grad()
 def white_latents(vae: nn.Module, people: People, batch: int = 50) -> Tensor:
     """Latents [N, C, h, w] float16 of every person on white."""
-    vae, parts = vae.to(memory_format=torch.channels_last), []
+    vae, device, parts = vae.to(memory_format=torch.channels_last), next(vae.parameters()).device, []
     for start in tqdm(range(0, len(people), batch), desc="latents", disable=None):
-        part = slice(start, start + batch)
-        white = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images[part], people.masks[part])]
-        device = next(vae.parameters()).device
         with autocast(str(device)):
-            parts.append(vae.encode(to_tensor(np.stack(white)).to(device, memory_format=torch.channels_last)).half().cpu())
+            parts.append(vae.encode(on_white(people, slice(start, start + batch), device)).half().cpu())
     return torch.cat(parts)
 
 

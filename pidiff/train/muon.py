@@ -4,6 +4,8 @@ torch.optim.Muon takes matrices only, and most of a UNet's weights are kernels [
 [out, in kh kw]. On `mini`, 1,500 samples with it reach what takes AdamW 19,000 (held-out error of the first step).
 """
 
+from collections import defaultdict
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,16 +13,16 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Nearest semi-orthogonal matrix [m, n] by Newton-Schulz iteration in `dtype`; singular values end in 0.7 .. 1.2."""
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Nearest semi-orthogonal matrices [..., m, n] by Newton-Schulz iteration in `dtype`; singular values end in 0.7 .. 1.2."""
     a, b, c = COEFFICIENTS
-    x = matrix.to(dtype)
-    x = x.T.contiguous() if x.shape[0] > x.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+    x = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])
+    x = x.mT.contiguous() if x.shape[1] > x.shape[2] else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if matrices.shape[-2] > matrices.shape[-1] else x).reshape(matrices.shape)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -65,16 +67,22 @@ class Muon(torch.optim.Optimizer):
         for i in sorted(range(len(params)), key=lambda i: -params[i].numel()):
             owner[i] = load.index(min(load))
             load[owner[i]] += params[i].numel()
-        updates = []
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        kept = [self.state[p]["momentum"] for p in params]
+        torch._foreach_mul_(kept, momentum)
+        torch._foreach_add_(kept, [p.grad for p in params])
+        updates, alike = [None] * len(params), defaultdict(list)          # those of one shape go through together
         for i, p in enumerate(params):
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            state["momentum"].mul_(momentum).add_(p.grad)
             if owner[i] == rank:
-                updates.append(orthogonalize(as_matrix(p.grad.add(state["momentum"], alpha=momentum)), dtype=dtype))
+                alike[as_matrix(p).shape].append(i)
             else:
-                updates.append(torch.zeros(len(p), p.numel() // len(p), dtype=dtype, device=p.device))
+                updates[i] = torch.zeros(as_matrix(p).shape, dtype=dtype, device=p.device)
+        for group in alike.values():
+            stacked = torch.stack([as_matrix(params[i].grad.add(kept[i], alpha=momentum)) for i in group])
+            for i, update in zip(group, orthogonalize(stacked, dtype=dtype)):
+                updates[i] = update
         if size > 1:
             flat = torch.cat([u.reshape(-1) for u in updates])
             dist.all_reduce(flat)

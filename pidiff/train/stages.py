@@ -123,7 +123,7 @@ def encoder_codes(args, people: People, folder: Path | None = None):
             raise ValueError(f"model must have w_plus_encoder/ to train on photos, got none in {folder}")
         print("no w_plus_encoder/ in the model yet: training on exact codes only")
         return None
-    encoder = load_encoder(folder / "w_plus_encoder")
+    encoder = load_encoder(folder / "w_plus_encoder").to(args.config.device)
     if people.w is None:
         return EncoderCodes(encoder_bank(encoder, people), np.zeros((1, encoder.config.num_styles, 512), np.float32))
     unseen = load_people(args.data, max(128, encoder.config.input_size), "validation", args.people_limit)
@@ -167,7 +167,7 @@ def begin_renderer(args, people: People, latents: torch.Tensor):
 
 def train_mapper(args, people: People) -> None:
     from .mapper import MapperLoss, unexplained, white_latents
-    vae, file = load_vae(args.model / "vae"), args.model / "mapper" / "model.safetensors"
+    vae, file = load_vae(args.model / "vae").to(args.config.device), args.model / "mapper" / "model.safetensors"
     latents, known = white_latents(vae, people), encoder_codes(args, people)
     model, read = begin_renderer(args, people, latents)
     trainer = _trainer(args, model, lambda ema, _: save_weights(ema, file))
@@ -185,7 +185,8 @@ def train_autoencoder(args, people: People) -> None:
     from .mapper import white_latents
     if not (args.model / "mapper").is_dir() and not (args.model / "adapter").is_dir():
         raise ValueError(f"with-mapper must be given with a mapper to train, got neither mapper/ nor adapter/ in {args.model}")
-    latents = white_latents(load_vae(args.model / "vae"), load_people(args.data, SIZES["mapper"], "train", args.people_limit))
+    vae = load_vae(args.model / "vae").to(args.config.device)
+    latents = white_latents(vae, load_people(args.data, SIZES["mapper"], "train", args.people_limit))
     renderer, read = begin_renderer(args, people, latents)
     encoder = load_encoder(args.model / "w_plus_encoder").float().train().to(args.config.device, memory_format=torch.channels_last)
     folder, model = args.model / "w_plus_encoder", FaceAutoencoder(encoder.requires_grad_(True), renderer)
