@@ -171,7 +171,6 @@ std::int32_t Plugin::enqueue(const PluginTensorDesc* input_descs, const PluginTe
   return !guarded("enqueue", [&] {
     const auto tensors = tensors_of(input_descs, data, inputs());
     AttentionParams text = nodes::attention_params(tensors.data(), attributes_, dtype_of(input_descs[0].type));
-    if (text.batch * text.queries == 0) return;  // nothing to write, and CUDA refuses an empty grid
     text.out = outputs[0];
     attention_cuda(text, stream);
     if (!identity_) return;
