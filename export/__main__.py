@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
                              "pictures that the exporter draws. Not with --fp16. What it gains: README")
     parser.add_argument("--attention", choices=("fused", "standard"),
                         help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain "
-                             "ONNX (implied by --engine)")
+                             "ONNX (implied by --engine; --engine tensorrt takes fused too where this pidiff has its plug-in)")
     parser.add_argument("--opset", type=int, choices=(18, 23), default=18, help="ONNX opset; 23 has its own Attention node (default 18)")
     parser.add_argument("--adapter", metavar="FILE", type=Path, help="published W+ Adapter weights (wplus_adapter.bin), or with --image-encoder an "
                         "IP-Adapter for Stable Diffusion 1 (ip-adapter_sd15, its light, plus and plus-face forms)")

@@ -28,7 +28,8 @@ def build(job: dict) -> dict:
     """Build an engine.
 
     job: module (`tensorrt_rtx` or `tensorrt`), version it must have, onnx and out (paths), targets (["sm86", ...]), workspace in bytes,
-    profiles ([{input: [min, opt, max]}]). Returns {"peak_rss": bytes}. Raises RuntimeError with TensorRT's own words.
+    profiles ([{input: [min, opt, max]}]), fused (None, or paths: `library` of plug-ins, and `graph`, what plugin_nodes.py made of
+    onnx). Returns {"peak_rss": bytes}. Raises RuntimeError with TensorRT's own words.
     """
     trt = importlib.import_module(job["module"])
     if trt.__version__ != job["version"]:
@@ -37,8 +38,7 @@ def build(job: dict) -> dict:
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    # By path, not by bytes: the weights lie in the safetensors files beside the graph.
-    if not parser.parse_from_file(job["onnx"]):
+    if not _parse(trt, parser, job, log):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise RuntimeError("; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or log.first)
     config = builder.create_builder_config()
@@ -55,6 +55,16 @@ def build(job: dict) -> dict:
     # The parser owns the weights: it must live until the engine is written, as `parser` does here.
     _write(trt, builder, network, config, job["out"], log)
     return {"peak_rss": _peak_rss()}
+
+
+def _parse(trt, parser, job: dict, log) -> bool:
+    """Parse the graph. By path, not by bytes: the weights lie in the safetensors files beside it."""
+    if job["fused"] is None:
+        return parser.parse_from_file(job["onnx"])
+    if trt.get_plugin_registry().load_library(job["fused"]["library"]) is None:
+        raise RuntimeError(f"{job['module']} must load {job['fused']['library']}, got {log.first or 'no reason given'}")
+    with open(job["fused"]["graph"], "rb") as file:
+        return parser.parse(file.read(), job["onnx"])
 
 
 def _set_targets(trt, config, targets: list[str]) -> None:

@@ -14,7 +14,8 @@ from pidiff.runtime.engine_store import EngineStore
 from pidiff.runtime.preflight import ENGINE_GRAPHS, FALLBACK, VERDICTS, preflight
 from pidiff.runtime.signature import SIGNATURE, load_secret_key, new_key
 
-from .engines import DEFAULT_TARGETS, DEFAULT_WORKSPACE, PYTHON, EngineOptions, add_engines, parse_targets, require_backend
+from .engines import (DEFAULT_TARGETS, DEFAULT_WORKSPACE, PYTHON, EngineOptions, add_engines, check_attention, parse_targets,
+                      require_backend)
 from .errors import ExportError
 from .profiles import MAX_BATCH, MAX_PEOPLE, Range, Shapes
 
@@ -69,8 +70,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         with EngineStore(args.into, args.require_signature) as store:
             store.sign(secret)
         return 0
-    if args.attention == "fused":
-        raise ExportError(f"attention must be standard with --engine {args.engine}, which takes no plug-ins, got fused")
+    check_attention(args.engine, args.attention or "standard")
     size = None if args.size is None else Range.parse("size", args.size, 8192)
     shapes = Shapes(Range.parse("batch", args.batch, MAX_BATCH), Range.parse("people", args.people, MAX_PEOPLE), size)
     options = EngineOptions(args.engine, parse_targets(args.target, args.engine), shapes, args.workspace, args.force, secret,
@@ -79,19 +79,19 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         if (args.out / "manifest.json").is_file():
             raise ExportError(f"out must be a new or empty directory, got the bundle {args.out}: --into adds engines to it")
         require_backend(args.engine)             # not after minutes of export
-        if status := _export(argv):
+        if status := _export(argv, args.attention or "standard"):
             return status
     return _build(args.into or args.out, options, args.quiet)
 
 
-def _export(argv: list[str]) -> int:
+def _export(argv: list[str], attention: str) -> int:
     """Run the export without engines, with the same arguments less ours, in a process of its own."""
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(ours)
     _, rest = ours.parse_known_args(argv)
     command = PYTHON[2].format("pidiff.export.__main__", "sys.argv[1:]")
     # Not in our process group: Ctrl-C reaches us alone, and we pass it on.
-    process = subprocess.Popen([*PYTHON[:2], command, *rest, "--attention", "standard"], start_new_session=True)
+    process = subprocess.Popen([*PYTHON[:2], command, *rest, "--attention", attention], start_new_session=True)
     try:
         status = process.wait()
     except KeyboardInterrupt:

@@ -22,12 +22,13 @@ from pidiff.runtime.cuda import find_gpu
 from pidiff.runtime.engine_specs import TARGETS, EngineFile, EngineSet, engine_path
 from pidiff.runtime.engine_store import EngineStore
 from pidiff.runtime.engines import ENGINES
-from pidiff.runtime.engines.tensorrt import installed_version
+from pidiff.runtime.engines.tensorrt import installed_version, plugin_library, plugin_problem
 from pidiff.runtime.preflight import ENGINE_GRAPHS
 from pidiff.runtime.signature import SecretKey
 
 from .errors import ExportError
 from .memory import check_disk, check_memory
+from .plugin_nodes import read_for_plugins
 from .profiles import Shapes, profiles_of
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")      # GeForce RTX 30, 40 and 50
@@ -60,12 +61,14 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One graph to build: its .onnx file, the entry that its engine will have in the manifest, and bytes of weights."""
+    """One graph to build: its .onnx file, the entry that its engine will have in the manifest, bytes of weights, and whether
+    it may hold nodes of the domain `pidiff`."""
 
     graph: str
     onnx: Path
     engine: EngineFile
     weight_bytes: int
+    fused: bool = False
 
 
 def parse_targets(text: str | None, backend: str) -> tuple[str, ...]:
@@ -93,6 +96,13 @@ def require_backend(backend: str) -> str:
     if version is None:
         raise ExportError(f"engine must be installed, got {backend}: {why}")
     return version
+
+
+def check_attention(backend: str, attention: str, advice: str = "") -> None:
+    """Raise ExportError if engines of a backend cannot be built here from graphs with this attention."""
+    problem = plugin_problem(backend) if attention == "fused" else ""
+    if problem:
+        raise ExportError(f"attention must be standard with --engine {backend}, got fused: {problem}{advice}")
 
 
 def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: None) -> tuple[EngineSet, dict[str, int]]:
@@ -124,10 +134,7 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
 
 def plan(bundle: Bundle, engines: EngineSet, shapes: Shapes) -> list[Job]:
     """What a whole set of engines consists of, in the order of ENGINE_GRAPHS."""
-    if bundle.manifest.attention != "standard":
-        raise ExportError(f"attention must be standard for {engines.backend}, which takes no plug-ins, "
-                          f"got a bundle with {bundle.manifest.attention} attention: export it again with "
-                          f"--engine {engines.backend}")
+    check_attention(engines.backend, bundle.manifest.attention, f"; export the bundle again with --engine {engines.backend}")
     return [_job(bundle, engines, graph, shapes) for graph in ENGINE_GRAPHS]
 
 
@@ -140,7 +147,8 @@ def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes) -> Job:
     profiles = tuple({name: tuple(map(tuple, sizes)) for name, sizes in p.items()}
                      for p in profiles_of(bundle, graph, axes, shapes))
     return Job(graph, bundle.path / file,
-               EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles), size)
+               EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles), size,
+               bundle.manifest.attention == "fused")
 
 
 def read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], set[str], int]:
@@ -171,9 +179,13 @@ def _build(job: Job, engines: EngineSet, workspace: int, part: Path, report: Rep
     """Run the builder process for one graph; returns its peak memory in bytes."""
     request = {"module": ENGINES[engines.backend][2], "version": engines.version, "onnx": str(job.onnx.absolute()),
                "out": str(part.absolute()), "targets": engines.targets, "workspace": workspace << 20,
-               "profiles": job.engine.profiles}
+               "profiles": job.engine.profiles, "fused": None}
     answer = {}
-    with tempfile.TemporaryFile("w+") as messages:
+    with tempfile.TemporaryFile("w+") as messages, tempfile.NamedTemporaryFile(suffix=".onnx") as graph:
+        if job.fused:
+            graph.write(read_for_plugins(job.onnx))
+            graph.flush()
+            request["fused"] = {"library": str(plugin_library()), "graph": graph.name}
         # Not in our process group: Ctrl-C reaches us alone, and we end the builder.
         process = subprocess.Popen(_BUILDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True,
                                    start_new_session=True)

@@ -30,7 +30,7 @@ class CompiledEngines:
         engines = self._sets[graph]
         return load_engine(self.backend)(
             self.backend, self._bundle.engine(engines.id, graph), self._bundle.graph(graph), engines.graphs[graph].profiles,
-            self._scratch, lambda shapes: self._command(engines, graph, shapes))
+            self._scratch, lambda shapes: self._command(engines, graph, shapes), self._bundle.manifest.attention == "fused")
 
     def most_images(self, guided):
         """Return the largest number of pictures that UNet and VAE decoder take at once, None for any."""

@@ -79,7 +79,7 @@ def preflight(bundle):
 def _judge(bundle, engines, graph, gpu, reason):
     """The verdict on one engine."""
     finding = lambda verdict, why="", command="": Finding(engines.id, graph, verdict, why, command, engines.backend)
-    version, why = _usable(engines.backend, gpu, reason)
+    version, why = _usable(bundle, engines.backend, gpu, reason)
     if version is None:
         return finding("fallback", why)
     fits = gpu.target in engines.targets
@@ -104,19 +104,22 @@ def _judge(bundle, engines, graph, gpu, reason):
 
 def _missing(bundle, engines, graph, gpu, reason):
     """The verdict on a graph that no set holds: its build was stopped."""
-    version, why = _usable(engines.backend, gpu, reason)
+    version, why = _usable(bundle, engines.backend, gpu, reason)
     if version is None:
         return Finding("", graph, "fallback", why, backend=engines.backend)
     targets = engines.targets if gpu.target in engines.targets else (gpu.target,)
     return Finding("", graph, "rebuild", "it was never built", rebuild_command(bundle, engines, targets), engines.backend)
 
 
-def _usable(backend, gpu, reason):
-    """Return (installed version, "") or (None, why no engine of this backend can run here)."""
+def _usable(bundle, backend, gpu, reason):
+    """Return (installed version, "") or (None, why no engine of this backend for this bundle can run here)."""
     if gpu is None:
         return None, reason
     if gpu.target not in TARGETS[backend]:
         return None, f"{gpu.target} is no target of {backend}"
+    problem = tensorrt.plugin_problem(backend) if bundle.manifest.attention == "fused" else ""
+    if problem:
+        return None, problem
     return tensorrt.installed_version(backend)
 
 

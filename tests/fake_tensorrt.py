@@ -86,6 +86,25 @@ def make_module(driver, name="tensorrt_rtx", version="1.7.1.116", capturable=Tru
         log.log(ILogger.Severity.ERROR, message)
         return answer
 
+    class IPluginRegistry:
+        """Knows the creators of libpidiff_trt.so from the moment on when that is loaded, which it refuses to be twice."""
+
+        def __init__(self):
+            self._known = False
+
+        def get_creator(self, type, version, plugin_namespace=""):
+            ours = (version, plugin_namespace) == ("1", "pidiff") and type in ("PidiffAttention", "PidiffIdentityAttention")
+            return object() if ours and self._known else None
+
+        def load_library(self, plugin_path):
+            trt.events.append(f"load {plugin_path}")
+            if self._known or trt.fail == "load_library" or Path(plugin_path).name != "libpidiff_trt.so":
+                return None
+            self._known = True
+            return object()
+
+    registry = IPluginRegistry()
+
     class Runtime:
         engine_header_size = 8
 
@@ -96,9 +115,12 @@ def make_module(driver, name="tensorrt_rtx", version="1.7.1.116", capturable=Tru
         def deserialize_cuda_engine(self, data):
             assert driver.library.fake_is_current(), "no context is current"
             try:
-                return ICudaEngine(self, json.loads(bytes(data)))
+                data = json.loads(bytes(data))
             except ValueError:
                 return refuse(self._log, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization\n(magic tag)", None)
+            if "plugin" in data and registry.get_creator(*data["plugin"]) is None:
+                return refuse(self._log, f"Cannot find plugin: {data['plugin'][0]}", None)
+            return ICudaEngine(self, data)
 
         def get_engine_validity(self, header):
             assert len(header) == 8
@@ -233,4 +255,5 @@ def make_module(driver, name="tensorrt_rtx", version="1.7.1.116", capturable=Tru
     else:
         del Runtime.engine_header_size, Runtime.get_engine_validity
     trt.ILogger, trt.Runtime, trt.ICudaEngine, trt.IExecutionContext = ILogger, Runtime, ICudaEngine, IExecutionContext
+    trt.IPluginRegistry, trt.get_plugin_registry = IPluginRegistry, lambda: registry
     return trt

@@ -92,7 +92,7 @@ def files(path):
     (["--size", "64"], "size must be 32 for this model, whose graphs have a fixed size, got 64:64:64"),
     (["--size", "32:32:64"], "whose graphs have a fixed size, got 32:32:64"),
     (["--workspace", "0"], "workspace must be 1 to 1048576 MiB, got 0"),
-    (["--attention", "fused"], "attention must be standard with --engine tensorrt-rtx, which takes no plug-ins, got fused"),
+    (["--attention", "fused"], "attention must be standard with --engine tensorrt-rtx, got fused: the plug-in is for tensorrt only"),
 ])
 def test_impossible_wishes_are_one_sentence_and_cost_nothing(capsys, bundle, builder, options, words):
     built, before = builder(), (bundle / "manifest.json").read_bytes()
@@ -105,7 +105,8 @@ def test_what_a_bundle_must_be(capsys, bundle, builder, tmp_path):
     fused = edit(shutil.copytree(bundle, tmp_path / "fused"), lambda m: m.update(attention="fused"))
     new = ("--engine", "tensorrt-rtx", "--into")
     assert "which does not exist" in refused(capsys, *new, tmp_path / "none")
-    assert "got a bundle with fused attention: export it again with --engine tensorrt-rtx" in refused(capsys, *new, fused)
+    assert ("attention must be standard with --engine tensorrt-rtx, got fused: the plug-in is for tensorrt only; export the bundle "
+            "again with --engine tensorrt-rtx") in refused(capsys, *new, fused)
     assert f"got the bundle {bundle}: --into adds engines to it" in refused(capsys, "mini", bundle, *new[:2])
     assert "target must name GPUs, such as sm86,sm89,sm120, on this machine, got host: no" in _no_gpu(
         lambda: refused(capsys, *new, bundle, "--target", "host"))

@@ -65,7 +65,8 @@ def difference(driver, action):
 def test_every_name_is_in_the_real_module(driver):
     real = pytest.importorskip("tensorrt_rtx")
     fake = make_module(driver)
-    for kind in ("ILogger", "Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "TensorIOMode", "TensorLocation",
+    assert isinstance(real.get_plugin_registry(), real.IPluginRegistry)
+    for kind in ("ILogger", "Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IPluginRegistry", "TensorIOMode", "TensorLocation",
                  "DataType", "ExecutionContextAllocationStrategy", "DynamicShapesKernelSpecializationStrategy", "EngineValidity"):
         names = [n for n in vars(getattr(fake, kind)) if not n.startswith("_") and n not in ("ready",)]
         assert names and not [n for n in names if not hasattr(getattr(real, kind), n)], kind

@@ -14,6 +14,7 @@ from ..errors import EngineError, require
 from . import ENGINES, rebound
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
+_PLUGIN = ("PidiffIdentityAttention", "1", "pidiff")      # one of libpidiff_trt.so: name, version, namespace
 
 
 def installed_version(backend):
@@ -24,6 +25,21 @@ def installed_version(backend):
     except ImportError as e:        # also a library of its own that is missing
         missing = getattr(e, "name", None) == name
         return None, f"{name} is not installed ({install})" if missing else f"{name} cannot be imported: {e}"
+
+
+def plugin_library():
+    """Return where the library with the nodes of fused graphs is, built for TensorRT and installed beside the compiled core."""
+    from pidiff import _C
+
+    return Path(_C.__file__).parent / "lib" / "libpidiff_trt.so"
+
+
+def plugin_problem(backend):
+    """Return why an engine of a backend cannot be made of a fused graph or run here, "" if it can."""
+    if backend != "tensorrt":
+        return "the plug-in is for tensorrt only"
+    return "" if plugin_library().is_file() else ("this pidiff has no libpidiff_trt.so, it was built without nvcc or the headers "
+                                                  "of TensorRT 10.3 or newer")
 
 
 def header_size(backend):
@@ -56,12 +72,13 @@ class TensorRtEngine:
 
     backend: its name in ENGINES. data: the engine, as Bundle.engine returned it after checking its hash. spec: GraphSpec.
     profiles: those of its EngineFile. scratch: cuda.Scratch, shared by engines that never run at the same time.
-    rebuild(shapes): returns the command that builds an engine for these input shapes. Raises EngineError.
+    rebuild(shapes): returns the command that builds an engine for these input shapes. fused: the engine may hold nodes of the
+    domain `pidiff`. Raises EngineError.
     """
 
     _graph = _context = _engine = _stream = None
 
-    def __init__(self, backend, data, spec, profiles, scratch, rebuild):
+    def __init__(self, backend, data, spec, profiles, scratch, rebuild, fused=False):
         self._trt, self._backend = importlib.import_module(ENGINES[backend][2]), backend
         self._spec, self._profiles, self._scratch, self._rebuild = spec, profiles, scratch, rebuild
         self._name, self._device, self._log = Path(spec.file).stem, scratch.device, _logger(self._trt)
@@ -69,6 +86,8 @@ class TensorRtEngine:
         self._profile, self._scratch_size, self._scratch_at = 0, 0, None
         self._warm, self._capturable = False, True
         self._stream = Stream(self._device)
+        if fused:
+            self._load_plugins()
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._done(self._runtime.deserialize_cuda_engine(data), "deserialise")
         self._check()
@@ -143,6 +162,14 @@ class TensorRtEngine:
 
     def __del__(self):
         self.close()
+
+    def _load_plugins(self):
+        """Make the nodes of fused graphs known to TensorRT; once in a process, since it refuses what it knows."""
+        registry = self._trt.get_plugin_registry()
+        if registry.get_creator(*_PLUGIN) is None:
+            problem = plugin_problem(self._backend)
+            require(not problem, f"graph {self._name}", f"have its plug-in for {self._backend}", problem, EngineError)
+            self._done(registry.load_library(str(plugin_library())), "load its plug-in")
 
     def _check(self):
         """Compare the engine with what the manifest says about it."""

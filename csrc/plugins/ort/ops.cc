@@ -1,23 +1,19 @@
-// ONNX domain `pidiff`, version 1, on the CPU. No maths here: tensors in, the kernels' structs filled, threads lent by
-// ONNX Runtime.
-//
-//   Attention(q [B,S,C], k [B,T,C], v [B,T,C]; num_heads) -> out [B,S,C]
-//   IdentityAttention(q [B,S,C], k [B,T,C], v [B,T,C], x [B,S,C], a [B,P,C,H*T'], v_id [B,P,T_id,C], mask [B,P,S],
-//                     scale [B]; num_heads, has_null, residual) -> out [B,S,C], id_mass [B,P,S]
+// The nodes of plugins/nodes.h on the CPU. No maths here: tensors in, the kernels' structs filled, threads lent by ONNX
+// Runtime.
 #include "plugins/ort/ops.h"
 
-#include <cmath>
+#include <array>
 #include <exception>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "kernels/attention.h"
+#include "plugins/nodes.h"
 
 namespace pidiff::ort {
 namespace {
 
-using Shape = std::vector<std::int64_t>;
+using nodes::Shape;
+using nodes::Tensor;
 
 // A status that ONNX Runtime made, on its way back to it.
 struct Failure {
@@ -41,17 +37,6 @@ Status* guarded(const Api& api, const Body& body) {
     return api.create_status(kFail, error.what());
   }
 }
-
-std::string text(const Shape& shape) {
-  std::string result = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
-  return result + ")";
-}
-
-struct Tensor {
-  const void* data;
-  Shape shape;
-};
 
 Tensor input(const Api& api, const KernelContext* context, std::size_t index) {
   const Value* value = nullptr;
@@ -78,21 +63,11 @@ void* output(const Api& api, KernelContext* context, std::size_t index, const Sh
   return data;
 }
 
-void require(const Tensor& tensor, const char* name, const Shape& shape) {
-  if (tensor.shape != shape)
-    throw std::invalid_argument(std::string(name) + " must have shape " + text(shape) + ", got " + text(tensor.shape));
-}
-void require_rank(const Tensor& tensor, const char* name, std::size_t rank) {
-  if (tensor.shape.size() != rank)
-    throw std::invalid_argument(std::string(name) + " must have " + std::to_string(rank) + " axes, got " +
-                                text(tensor.shape));
-}
-
 struct Kernel {
   Api api;
   DType dtype;
   Implementation implementation;
-  std::int64_t num_heads = 0, has_null = 0, residual = 0;
+  nodes::Attributes attributes;
 };
 
 Parallel lent_threads(const Api& api, KernelContext* context) {
@@ -111,67 +86,29 @@ Parallel lent_threads(const Api& api, KernelContext* context) {
   return {Lender::run, &lender};
 }
 
-AttentionParams text_attention(const Kernel& kernel, KernelContext* context) {
-  const Tensor q = input(kernel.api, context, 0), k = input(kernel.api, context, 1), v = input(kernel.api, context, 2);
-  require_rank(q, "q", 3);
-  require_rank(k, "k", 3);
-  const std::int64_t batch = q.shape[0], queries = q.shape[1], channels = q.shape[2], keys = k.shape[1];
-  require(k, "k", {batch, keys, channels});
-  require(v, "v", {batch, keys, channels});
-  if (kernel.num_heads < 1 || channels % kernel.num_heads != 0)
-    throw std::invalid_argument("num_heads must divide the channels " + std::to_string(channels) + ", got " +
-                                std::to_string(kernel.num_heads));
-  AttentionParams p;
-  p.q = q.data;
-  p.k = k.data;
-  p.v = v.data;
-  p.batch = batch;
-  p.queries = queries;
-  p.keys = keys;
-  p.heads = kernel.num_heads;
-  p.head_dim = channels / kernel.num_heads;
-  p.q_stride = p.out_stride = {queries * channels, channels, p.head_dim};
-  p.k_stride = p.v_stride = {keys * channels, channels, p.head_dim};
-  p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
-  p.dtype = kernel.dtype;
-  p.out = output(kernel.api, context, 0, {batch, queries, channels});
+template <std::size_t Count>
+std::array<Tensor, Count> inputs_of(const Kernel& kernel, KernelContext* context) {
+  std::array<Tensor, Count> inputs;
+  for (std::size_t i = 0; i < Count; ++i) inputs[i] = input(kernel.api, context, i);
+  return inputs;
+}
+
+AttentionParams text_attention(const Kernel& kernel, KernelContext* context, const Tensor* inputs) {
+  AttentionParams p = nodes::attention_params(inputs, kernel.attributes, kernel.dtype);
+  p.out = output(kernel.api, context, 0, {p.batch, p.queries, p.heads * p.head_dim});
   return p;
 }
 
 void compute_attention(const Kernel& kernel, KernelContext* context) {
-  attention(text_attention(kernel, context), lent_threads(kernel.api, context), kernel.implementation);
+  const auto inputs = inputs_of<nodes::kAttentionInputs>(kernel, context);
+  attention(text_attention(kernel, context, inputs.data()), lent_threads(kernel.api, context), kernel.implementation);
 }
 
 void compute_identity_attention(const Kernel& kernel, KernelContext* context) {
-  const AttentionParams text = text_attention(kernel, context);
-  const std::int64_t batch = text.batch, queries = text.queries, channels = text.heads * text.head_dim;
-  const Tensor x = input(kernel.api, context, 3), a = input(kernel.api, context, 4);
-  const Tensor v_id = input(kernel.api, context, 5), mask = input(kernel.api, context, 6);
-  const Tensor scale = input(kernel.api, context, 7);
-  require_rank(v_id, "v_id", 4);
-  IdentityMixParams p;
-  p.people = v_id.shape[1];
-  p.tokens = v_id.shape[2];
-  p.has_null = kernel.has_null != 0;
-  p.heads = kernel.num_heads;
-  require(v_id, "v_id", {batch, p.people, p.tokens, channels});
-  require(a, "a", {batch, p.people, channels, p.heads * p.columns()});
-  require(mask, "mask", {batch, p.people, queries});
-  require(scale, "scale", {batch});
-  if (kernel.residual == 0) require(x, "x", {batch, queries, channels});
-  p.h = text.out;  // in place: identity_mix reads a row before it writes it
-  p.y = kernel.residual != 0 ? text.out : x.data;
-  p.a = a.data;
-  p.v = v_id.data;
-  p.mask = mask.data;
-  p.id_scale = scale.data;
-  p.out = text.out;
-  p.id_mass = output(kernel.api, context, 1, {batch, p.people, queries});
-  p.batch = batch;
-  p.queries = queries;
-  p.channels = channels;
-  p.h_stride = p.y_stride = p.out_stride = {queries * channels, channels};
-  p.dtype = kernel.dtype;
+  const auto inputs = inputs_of<nodes::kIdentityInputs>(kernel, context);
+  const AttentionParams text = text_attention(kernel, context, inputs.data());
+  IdentityMixParams p = nodes::identity_params(inputs.data(), kernel.attributes, text);
+  p.id_mass = output(kernel.api, context, 1, {p.batch, p.people, p.queries});
   const Parallel threads = lent_threads(kernel.api, context);
   attention(text, threads, kernel.implementation);
   identity_mix(p, threads, kernel.implementation);
@@ -188,7 +125,7 @@ CustomOp make_op() {
   op.get_name = [](const CustomOp*) { return Identity ? "IdentityAttention" : "Attention"; };
   op.get_execution_provider_type = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
   op.get_input_type = [](const CustomOp*, std::size_t) { return element_type<T>; };
-  op.get_input_type_count = [](const CustomOp*) -> std::size_t { return Identity ? 8 : 3; };
+  op.get_input_type_count = [](const CustomOp*) { return Identity ? nodes::kIdentityInputs : nodes::kAttentionInputs; };
   op.get_output_type = [](const CustomOp*, std::size_t) { return element_type<T>; };
   op.get_output_type_count = [](const CustomOp*) -> std::size_t { return Identity ? 2 : 1; };
   op.get_input_characteristic = [](const CustomOp*, std::size_t) -> int { return kRequired; };
@@ -202,11 +139,11 @@ CustomOp make_op() {
   op.create_kernel_v2 = [](const CustomOp*, Table table, const KernelInfo* info, void** out) -> Status* {
     const Api api{table};
     return guarded(api, [&] {
-      Kernel kernel{api, T, Low ? Implementation::low_precision : Implementation::automatic};
-      check(api.attribute_int(info, "num_heads", &kernel.num_heads));
+      Kernel kernel{api, T, Low ? Implementation::low_precision : Implementation::automatic, {}};
+      check(api.attribute_int(info, "num_heads", &kernel.attributes.num_heads));
       if (Identity) {
-        check(api.attribute_int(info, "has_null", &kernel.has_null));
-        check(api.attribute_int(info, "residual", &kernel.residual));
+        check(api.attribute_int(info, "has_null", &kernel.attributes.has_null));
+        check(api.attribute_int(info, "residual", &kernel.attributes.residual));
       }
       *out = new Kernel(kernel);
     });
