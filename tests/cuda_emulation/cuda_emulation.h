@@ -142,6 +142,8 @@ inline float exchange_xor(float value, int mask) {
   return other;
 }
 
+inline void keep_smallest(std::int32_t* at, std::int32_t value) { *at = value < *at ? value : *at; }
+
 inline float to_float(float value) { return value; }
 inline float to_float(Half value) { return half_to_float(value.bits); }
 inline float to_float(BFloat value) {
