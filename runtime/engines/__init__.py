@@ -53,6 +53,28 @@ class Engine(Protocol):
         """Run once on the bound arrays. Returns when the outputs are there, or, with a stream, when work is queued."""
 
 
+class DeviceEngine(Engine, Protocol):
+    """An engine whose tensors can stay on a CUDA device between runs: what device_loop.py needs. `bind` and `run` work too, but
+    each of the two ways to bind ends the other.
+
+    device: cuda.Device, None where this engine has none. stream: the cuda.Stream for work around its runs. loop: where the step
+    loop keeps its memory from picture to picture; None at first.
+    """
+
+    def bind_device(self, tensors):
+        """Set for every input and output, by name, its (address, shape) on the device, with the dtype of its TensorSpec.
+        Addresses are multiples of 256. May compile for new shapes. Raises EngineError."""
+
+    def settle(self):
+        """Make ready for `queue`; returns a number that changes whenever what was captured before must not be launched again."""
+
+    def capturable(self, stream):
+        """Return whether `queue` can be captured on a stream, after it was queued once as it is bound."""
+
+    def queue(self, stream):
+        """Queue one run on a stream, which must be the engine's own where the vendor wants that. Raises EngineError."""
+
+
 def choose_engine(device, size):
     """Return the name of the engine that "auto" stands for, on a device, for a bundle of `size` bytes.
 

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from ..errors import EngineError
+import numpy as np
+
+from ..cuda import shared_stream
+from ..errors import EngineError, require
 from . import check_names, rebound
 
 
@@ -18,7 +21,12 @@ def custom_op_library():
 
 
 class OnnxRuntimeEngine:
-    """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.Engine)."""
+    """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.DeviceEngine).
+
+    On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs.
+    """
+
+    loop = None
 
     def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
         import onnxruntime as ort
@@ -26,7 +34,12 @@ class OnnxRuntimeEngine:
         ort.disable_telemetry_events()
         self._ort, self._spec, self._device = ort, spec, device
         self._bound, self._device_values = {}, {}
+        self.device, self.stream, self._resident = None, None, None
         providers, options = _providers(ort, device), _options(ort, threads, fused, precision)
+        if device == "cuda":
+            self.stream = shared_stream()
+            self.device = self.stream.device
+            providers[0] = (providers[0], {"user_compute_stream": str(self.stream.handle)})
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
@@ -63,6 +76,30 @@ class OnnxRuntimeEngine:
         for name, (is_input, value) in self._device_values.items():
             if not is_input:
                 self._bound[name][...] = value.numpy()
+
+    def bind_device(self, tensors):
+        self._resident, inputs = self._session.io_binding(), {t.name for t in self._spec.inputs}
+        for spec in (*self._spec.inputs, *self._spec.outputs):
+            address, shape = tensors[spec.name]
+            bind = self._resident.bind_input if spec.name in inputs else self._resident.bind_output
+            bind(spec.name, "cuda", 0, np.dtype(spec.dtype).type, shape, address)
+
+    def settle(self):
+        return 0
+
+    def capturable(self, stream):
+        """Not offered: a session may place nodes on the processor, whose copies cannot be captured."""
+        return False
+
+    def queue(self, stream):
+        require(stream is self.stream, "stream", "be the engine's own", stream, EngineError)
+        require(self._resident is not None, "tensors", "be bound to the device before a run", "none", EngineError)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        try:
+            self._session.run_with_iobinding(self._resident, options)
+        except Exception as e:
+            raise EngineError(f"{self._spec.file} must run in ONNX Runtime, got: {_first_line(e)}") from e
 
 
 def _options(ort, threads, fused, precision):

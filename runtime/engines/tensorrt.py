@@ -59,7 +59,7 @@ class TensorRtEngine:
     rebuild(shapes): returns the command that builds an engine for these input shapes. Raises EngineError.
     """
 
-    _graph = _context = _engine = _stream = None
+    _graph = _context = _engine = _stream = loop = None
 
     def __init__(self, backend, data, spec, profiles, scratch, rebuild):
         self._trt, self._backend = importlib.import_module(ENGINES[backend][2]), backend
@@ -68,6 +68,7 @@ class TensorRtEngine:
         self._slots, self._bound, self._staged, self._shapes = {}, {}, [], None
         self._profile, self._scratch_size, self._scratch_at = 0, 0, None
         self._warm, self._capturable = False, True
+        self._resident, self._version = None, 0     # what bind_device has set, and the number of changes to what was captured
         self._stream = Stream(self._device)
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._done(self._runtime.deserialize_cuda_engine(data), "deserialise")
@@ -81,9 +82,17 @@ class TensorRtEngine:
         return self._spec.outputs
 
     @property
+    def device(self):
+        return self._device
+
+    @property
+    def stream(self):
+        return self._stream
+
+    @property
     def captured(self):
         """Whether a run is one launch of a CUDA graph by now."""
-        return self._graph is not None
+        return self._graph is not None or bool(self.loop and any(graph for _, graph in self.loop.graphs.values()))
 
     def array(self, name, shape):
         """Return the array that a tensor has in host memory, to be bound next: it needs no copy. It stays the same one
@@ -99,7 +108,7 @@ class TensorRtEngine:
             require(bound[output.name].flags.writeable, output.name, "be writable", "a read-only array", EngineError)
         profile = choose_profile(self._name, self._profiles, shapes, self._rebuild)
         self._device.use()
-        self._bound = {}                # until everything below has worked
+        self._bound, self._resident = {}, None      # until everything below has worked
         for name, array in tensors.items():
             fixed = name in constant and name in shapes
             slot = self._slot(name, array.nbytes, fixed)
@@ -112,6 +121,33 @@ class TensorRtEngine:
         for name, slot in self._slots.items():
             if slot.host is not None and slot.host.host != bound[name].ctypes.data:
                 self._staged.append((name in shapes, bound[name], slot.host.array(bound[name].shape, bound[name].dtype)))
+
+    def bind_device(self, tensors):
+        if tensors == self._resident:
+            return
+        shapes = {t.name: tuple(tensors[t.name][1]) for t in self._spec.inputs}
+        profile = choose_profile(self._name, self._profiles, shapes, self._rebuild)
+        self._device.use()
+        self._stream.synchronize()      # what still runs was queued with the shapes and addresses before
+        self._bound, self._resident, self._graph = {}, None, None
+        for name, (address, _) in tensors.items():
+            self._done(self._context.set_tensor_address(name, address), f"take the address of {name}")
+        self._slots, self._staged = {}, []
+        if shapes != self._shapes:
+            self._set_shapes(profile, shapes)
+        self._resident, self._version = dict(tensors), self._version + 1
+
+    def settle(self):
+        self._follow_scratch()
+        return self._version
+
+    def capturable(self, stream):
+        ask = getattr(self._context, "is_stream_capturable", None)      # TensorRT-RTX
+        return ask is None or ask(stream.handle)
+
+    def queue(self, stream):
+        require(self._resident, "tensors", "be bound to the device before a run", "none", EngineError)
+        self._done(self._context.execute_async_v3(stream.handle), "run")
 
     def run(self, stream=None):
         require(self._bound, "tensors", "be bound before a run", "none", EngineError)
@@ -137,9 +173,11 @@ class TensorRtEngine:
 
     def close(self):
         """Give everything back, users before what they use. The engine cannot be used any more."""
+        if self.loop:
+            self.loop.graphs.clear()
         self._bound, self._staged, self._graph, self._context = {}, [], None, None
         self._engine = self._runtime = None
-        self._slots, self._stream, self._scratch = {}, None, None
+        self._slots, self.loop, self._stream, self._scratch = {}, None, None, None
 
     def __del__(self):
         self.close()
@@ -187,7 +225,7 @@ class TensorRtEngine:
         """Return the memory of a tensor, made anew if the size is another."""
         slot = self._slots.get(name)
         if slot is None or slot.memory.size != size or (slot.host is None) != constant:
-            self._graph, self._bound = None, {}
+            self._graph, self._bound, self._resident = None, {}, None
             host = None if constant else HostMemory(self._device, size)
             memory = host if host and self._device.integrated else DeviceMemory(self._device, size)
             self._done(self._context.set_tensor_address(name, memory.address), f"take the address of {name}")
@@ -198,7 +236,7 @@ class TensorRtEngine:
         """Give the context its scratch memory where it is now; another engine may have made it larger."""
         self._scratch.reserve(self._scratch_size)
         if self._scratch_size and self._scratch.memory.address != self._scratch_at:
-            self._graph, self._scratch_at = None, self._scratch.memory.address
+            self._graph, self._scratch_at, self._version = None, self._scratch.memory.address, self._version + 1
             self._context.set_device_memory(self._scratch_at, self._scratch.memory.size)
 
     def _queue(self):
@@ -215,8 +253,7 @@ class TensorRtEngine:
 
     def _capture(self):
         """Capture a run. An engine that cannot be captured is queued call by call for ever."""
-        ask = getattr(self._context, "is_stream_capturable", None)      # TensorRT-RTX
-        self._capturable = ask is None or ask(self._stream.handle)
+        self._capturable = self.capturable(self._stream)
         if self._capturable:
             try:
                 self._graph = self._stream.capture(self._queue)
