@@ -119,7 +119,7 @@ def sample(schedule: Schedule, latents: numpy.ndarray, seeds: collections.abc.It
     not 1). At every other step only the last B rows of both buffers are written and read.
     Runs without the GIL but for the callbacks. RuntimeError names the step at which latents are not finite.
     """
-def step_table(schedule: ..., guidance_scale: typing.SupportsFloat | typing.SupportsIndex, guided_steps: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, mapped_steps: collections.abc.Sequence[bool] = []) -> numpy.typing.NDArray[numpy.uint8]:
+def step_table(schedule: Schedule, guidance_scale: typing.SupportsFloat | typing.SupportsIndex, guided_steps: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, mapped_steps: collections.abc.Sequence[bool] = []) -> numpy.typing.NDArray[numpy.uint8]:
     """
     The coefficients of all steps as the GPU reads them, uint8 [N, 64]. guided_steps: as in sample(). mapped_steps:
     for each step whether its identity map counts for the average (none given: none does).

@@ -9,7 +9,7 @@ void bind_sampler(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "PIDiff's C++ core: attention kernels, noise, solvers and the denoising loop.";
-  pidiff::bindings::bind_device(m);
   pidiff::bindings::bind_kernels(m);
   pidiff::bindings::bind_sampler(m);
+  pidiff::bindings::bind_device(m);
 }
