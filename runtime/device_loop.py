@@ -150,6 +150,7 @@ class DeviceDenoiser:
             memory.graphs[role] = engine.settle(), None
             return
         if graph is None and engine.capturable(stream):
+            stream.synchronize()    # the run that the capture repeats must be done with what it set up
             try:
                 graph = stream.capture(work)
             except EngineError:

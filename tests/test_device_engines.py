@@ -1,5 +1,7 @@
 """Engines whose tensors stay on the made-up GPU through the whole step loop: TensorRT's, and ONNX Runtime's on CUDA."""
 
+import importlib.util
+import json
 import sys
 import types
 
@@ -8,11 +10,11 @@ import pytest
 
 pytest.importorskip("onnx")
 
-from fake_tensorrt import KERNEL, make_module
+from fake_tensorrt import KERNEL
 from test_device_loop import difference
 from test_tensorrt import make, unet_arrays
 from test_tensorrt import check as check_run
-from test_tensorrt_pipeline import PROMPT, person, pictures, with_engines
+from test_tensorrt_pipeline import BENCHMARK, PROMPT, person, pictures, with_engines
 from tiny_bundle import write_tiny_bundle
 
 from pidiff.runtime import Cancelled, EngineError, PidiffError, Pipeline, cuda
@@ -104,6 +106,20 @@ def test_engines_that_cannot_be_captured(compiled, driver, gpu, steps):
         done = difference(driver, lambda: pictures(pipe))
     assert "launches" not in done and not pipe._graph("unet").captured
     assert np.abs(pictures(pipe) - pictures(plain)).max() <= 1
+
+
+@pytest.mark.skipif(not BENCHMARK.is_file(), reason="benchmarks/ is not part of the installed package")
+def test_the_gpu_check_times_it(compiled, gpu, steps, capsys):
+    """The numbers mean nothing here."""
+    path, backend = compiled
+    gpu(backend)
+    spec = importlib.util.spec_from_file_location("gpu_engines", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert benchmark.main([str(path), "--engine", backend, "--steps", "6"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["captured"] and said["same_again"] and said["mean_difference"] < 0.1
+    assert set(said["milliseconds"]) == {"step", "wait", "processor"} and min(said["milliseconds"].values()) > 0
 
 
 def test_both_ways_to_bind_an_engine(plain, driver, gpu, steps, rng):
