@@ -35,18 +35,20 @@ class Clock:
         self.begins, self.runs, self.waits = [], [], []
         self._resident = getattr(engine, "loop", None) is not None
         if self._resident:
-            engine.settle = partial(self._begin, engine.settle)
-            waiting = engine.loop.events, "wait"
-        else:
-            engine.run = partial(self._begin, partial(self._add, self.runs, engine.run))
-            stream = getattr(engine, "_stream", None)
-            waiting = [stream] if stream is not None else [], "synchronize"
-        for thing in waiting[0]:
-            setattr(thing, waiting[1], partial(self._add, self.waits, getattr(thing, waiting[1])))
+            for event in engine.loop.events:
+                event.wait = partial(self._begin_after, event.wait)
+            return
+        engine.run = partial(self._begin, engine.run)
+        if stream := getattr(engine, "_stream", None):
+            stream.synchronize = partial(self._add, self.waits, stream.synchronize)
 
     def _begin(self, work):
         self.begins.append(1e3 * time.perf_counter())
-        return work()
+        self._add(self.runs, work)
+
+    def _begin_after(self, wait):
+        self._add(self.waits, wait)
+        self.begins.append(1e3 * time.perf_counter())
 
     def _add(self, times, work):
         begin = time.perf_counter()

@@ -43,7 +43,7 @@ class DeviceDenoiser:
             engine.loop = memory = None     # freed first: both at once may be too much
             engine.loop = memory = LoopMemory(engine.device, engine.stream, layout, clear, cached)
         self._memory, self._stream, self._params = memory, engine.stream, self._step_params(memory)
-        for call in () if kept else reversed(dict.fromkeys(self._calls)):   # compiles for all of them
+        for call in dict.fromkeys(self._calls):     # compiles for all of them
             self._bind(*call)
         self._upload_constants()
 
@@ -51,18 +51,15 @@ class DeviceDenoiser:
         """See Denoiser.run. Only `on_step` makes the latents come to the processor, and the device wait, after every step."""
         from pidiff import _C
 
-        plan, conditions, memory, bound = self._plan, self._conditions, self._memory, {}
+        plan, conditions, memory = self._plan, self._conditions, self._memory
         mapped = [conditions.active(i) and call[0] is self._engine for i, call in enumerate(self._calls)]
         self._begin(latents, _C.step_table(plan.schedule, guidance_scale, conditions.guided_steps, mapped))
-        for step, (engine, rows) in enumerate(self._calls):
+        for step, call in enumerate(self._calls):
             memory.events[step % AHEAD].wait()
             self._check()
             if plan.schedule.needs_noise:
                 self._upload_noise(_C.randn(seeds, latents.shape[1:], step + 1), step % AHEAD)
-            if bound.get(engine) != rows:
-                self._bind(engine, rows)
-                bound[engine] = rows
-            self._queue_step(engine)
+            self._queue_step(self._key(*call))
             memory.events[step % AHEAD].record(self._stream)
             if on_step is not None:
                 self._show(latents, step, on_step)
@@ -133,39 +130,43 @@ class DeviceDenoiser:
             stream.upload(memory.region(name), array)
         stream.synchronize()    # `progress` comes back into the same host memory
 
-    def _bind(self, engine, rows):
-        """Let an engine work on the first `rows` rows."""
-        tensors, names = self._memory.layout.tensors, [spec.name for spec in (*engine.inputs(), *engine.outputs())]
-        shape = lambda n: tensors[n][0] if n == "time_row" else (rows, *tensors[n][0][1:])
-        engine.bind_device({n: (self._memory.address(n), shape(n)) for n in names})
+    def _key(self, engine, rows):
+        return "unet" if engine is self._engine else "unet_cached", rows
 
-    def _queue_step(self, engine):
+    def _bind(self, engine, rows):
+        """Bind an engine to the first `rows` rows, unless it is."""
+        memory, key = self._memory, self._key(engine, rows)
+        if key not in memory.bindings:
+            tensors, names = memory.layout.tensors, [spec.name for spec in (*engine.inputs(), *engine.outputs())]
+            shape = lambda n: tensors[n][0] if n == "time_row" else (rows, *tensors[n][0][1:])
+            memory.bindings[key] = engine.bind_device({n: (memory.address(n), shape(n)) for n in names})
+
+    def _queue_step(self, key):
         """Queue a step: call by call the first time, then captured, then by one launch until something moves."""
-        memory, stream, role = self._memory, self._stream, "unet" if engine is self._engine else "unet_cached"
-        work = lambda: self._queue_calls(engine)
-        version = engine.settle()
-        known, graph = memory.graphs.get(role, (None, None))
+        memory, stream, binding = self._memory, self._stream, self._memory.bindings[key]
+        work = lambda: self._queue_calls(binding)
+        version, (known, graph) = binding.settle(), memory.graphs.get(key, (None, None))
         if known != version:
             work()
-            memory.graphs[role] = engine.settle(), None
+            memory.graphs[key] = version, None
             return
-        if graph is None and engine.capturable(stream):
+        if graph is None and binding.capturable(stream):
             stream.synchronize()    # the run that the capture repeats must be done with what it set up
             try:
                 graph = stream.capture(work)
             except EngineError:
                 graph = False       # from now on call by call
-            memory.graphs[role] = version, graph
+            memory.graphs[key] = version, graph
         if graph:
             graph.launch()
         else:
             work()
 
-    def _queue_calls(self, engine):
+    def _queue_calls(self, binding):
         from pidiff import _C
 
         _C.queue_step_input(self._params, self._stream.handle)
-        engine.queue(self._stream)
+        binding.queue(self._stream)
         _C.queue_step_output(self._params, self._stream.handle)
         self._stream.download(self._memory.host["loop.progress"], self._memory.region("loop.progress"))
 
@@ -199,12 +200,13 @@ class DeviceDenoiser:
 class LoopMemory:
     """What a loop has on the device and page-locked on the host, one allocation each, and the graphs captured on it.
 
-    An engine keeps it (`loop`) from picture to picture while the sizes stay, so that the graphs stay too.
+    An engine keeps it (`loop`) from picture to picture while the sizes stay, so that bindings and graphs stay too: one of each for
+    every engine ("unet", "unet_cached") and number of rows.
     host: name -> array in page-locked memory, for what goes up or comes down while steps run.
     """
 
     def __init__(self, device, stream, layout, clear, cached):
-        self.layout, self.clear, self.graphs = layout, clear, {}
+        self.layout, self.clear, self.bindings, self.graphs = layout, clear, {}, {}
         self._cached = weakref.ref(cached) if cached is not None else None
         self.device = DeviceMemory(device, layout.size)
         moved = {n: layout.tensors[n] for n in ("loop.latents", "loop.previous", "loop.progress", "loop.identity_sum")

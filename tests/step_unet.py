@@ -1,5 +1,7 @@
 """A UNet that is simple enough to compute the same numbers everywhere: for tests that hold one step loop to another."""
 
+import weakref
+
 import numpy as np
 
 import pidiff._C as core
@@ -99,19 +101,24 @@ class DeviceUnet(HostUnet):
 
     def __init__(self, device, stream, queue_run, dtype="float32", cached=False, side=SIDE):
         super().__init__(dtype, cached, side)
-        self.device, self.stream, self._queue_run, self._version, self._bound = device, stream, queue_run, 0, None
-        self.captures, self.queued = True, 0
+        self.device, self.stream, self._queue_run, self.captures, self.queued = device, stream, queue_run, True, 0
 
     def bind_device(self, tensors):
-        if tensors != self._bound:
-            self._bound, self._version = tensors, self._version + 1
+        return DeviceUnetBinding(self, tensors)
+
+
+class DeviceUnetBinding:
+    """A DeviceUnet bound to memory (protocol: engines.DeviceBinding)."""
+
+    def __init__(self, engine, tensors):
+        self._engine, self._tensors = weakref.proxy(engine), tensors
 
     def settle(self):
-        return self._version
+        return 0
 
     def capturable(self, stream):
-        return self.captures
+        return self._engine.captures
 
     def queue(self, stream):
-        self.queued += 1
-        self._queue_run(self._bound, stream, self._cached)
+        self._engine.queued += 1
+        self._engine._queue_run(self._tensors, stream, self._engine._cached)

@@ -122,29 +122,44 @@ def test_the_gpu_check_times_it(compiled, gpu, steps, capsys):
     assert set(said["milliseconds"]) == {"step", "wait", "processor"} and min(said["milliseconds"].values()) > 0
 
 
-def test_both_ways_to_bind_an_engine(plain, driver, gpu, steps, rng):
-    """What one way has bound is gone when the other binds."""
-    gpu()
+def test_each_binding_is_a_context_of_its_own(plain, driver, gpu, steps, rng):
+    """One for host arrays, one for each number of rows on the device: none disturbs another."""
+    trt = gpu()
     bundle = Bundle.open(plain)
-    engine = make(bundle, "unet", (2, 2, 2))
+    engine = make(bundle, "unet", (2, 2, 2), (1, 1, 1))
     memory = cuda.DeviceMemory(engine.device, 1 << 16)
-    shapes = {t.name: tuple({"B": 2, "P": 1}.get(n, n) for n in t.shape) for t in (*engine.inputs(), *engine.outputs())}
-    tensors = {n: (memory.address + 4096 * i, shape) for i, (n, shape) in enumerate(shapes.items())}
-    engine.bind_device(tensors)
-    first = engine.settle()
-    engine.bind_device(tensors)
-    assert engine.settle() == first, "nothing has changed"
-    with pytest.raises(EngineError, match="tensors must be bound before a run, got none"):
-        engine.run()
+    specs = (*engine.inputs(), *engine.outputs())
+    tensors = lambda rows: {t.name: (memory.address + 4096 * i, tuple({"B": rows, "P": 1}.get(n, n) for n in t.shape))
+                            for i, t in enumerate(specs)}
     arrays = unet_arrays(engine, rng, 2)
     engine.bind(arrays, ("text_kv", "id_fold", "id_mask"))
     engine.run(), engine.run()
+    bindings = [engine.bind_device(tensors(rows)) for rows in (2, 1)]
+    engine.stream.clear(memory)
+    versions = [b.settle() for b in bindings]
+    for binding in bindings:
+        binding.queue(engine.stream)
+    arrays["latents"] += 1
+    assert difference(driver, engine.run)["launches"] == 1
     check_run(engine, bundle, arrays)
-    with pytest.raises(EngineError, match="tensors must be bound to the device before a run, got none"):
-        engine.queue(engine.stream)
-    engine.bind_device(tensors)
-    assert engine.settle() > first
-    engine.close()
+    assert versions == [b.settle() for b in bindings] and not trt.events
+    with pytest.raises(EngineError, match="engine of unet must be built for the shapes that it is given, got latents"):
+        engine.bind_device(tensors(3))
+
+
+def test_steps_with_and_without_guidance_have_a_graph_each(compiled, driver, gpu, steps):
+    """Going from one to the other captures nothing once both are."""
+    path, backend = compiled
+    gpu(backend)
+    pipe = Pipeline.from_bundle(path, engine=backend, threads=1)
+    draw = lambda seed: pipe.generate(person(), PROMPT, seed=seed, num_inference_steps=9, guidance_interval=(0.3, 0.7), scheduler="ddim")
+    draw(1)
+    graphs = pipe._graph("unet").loop.graphs
+    assert set(graphs) == {("unet", 1), ("unet", 2)} and all(graph for _, graph in graphs.values())
+    draw(2)
+    done = difference(driver, lambda: draw(3))
+    assert done["launches"] == 9 + 1 and "captures" not in done
+    graphs = None
 
 
 # --- ONNX Runtime on CUDA ---------------------------------------------------------------------------------------------
@@ -235,14 +250,3 @@ def test_onnx_runtime_on_cuda_keeps_its_tensors_there(plain, driver, cuda_ort, m
     batches = len(seen)
     done = difference(driver, lambda: host.generate(person(), PROMPT, **options))
     assert "launches" not in done and done["kernels"] == 3 * 6 * batches
-
-
-def test_a_stream_of_another_is_refused(plain, cuda_ort):
-    from pidiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
-
-    spec = Bundle.open(plain).graph("unet")
-    engine = OnnxRuntimeEngine(plain / spec.file, spec, device="cuda", threads=1)
-    with pytest.raises(EngineError, match="stream must be the engine's own"):
-        engine.queue(cuda.Stream(engine.device))
-    with pytest.raises(EngineError, match="tensors must be bound to the device before a run, got none"):
-        engine.queue(engine.stream)

@@ -54,25 +54,31 @@ class Engine(Protocol):
 
 
 class DeviceEngine(Engine, Protocol):
-    """An engine whose tensors can stay on a CUDA device between runs: what device_loop.py needs. `bind` and `run` work too, but
-    each of the two ways to bind ends the other.
+    """An engine whose tensors can stay on a CUDA device between runs: what device_loop.py needs.
 
-    device: cuda.Device, None where this engine has none. stream: the cuda.Stream for work around its runs. loop: where the step
-    loop keeps its memory from picture to picture; None at first.
+    device: cuda.Device, None where this engine has none. stream: the cuda.Stream that its work is queued on. loop: where the
+    step loop keeps its memory from picture to picture; None at first.
     """
 
     def bind_device(self, tensors):
-        """Set for every input and output, by name, its (address, shape) on the device, with the dtype of its TensorSpec.
-        Addresses are multiples of 256. May compile for new shapes. Raises EngineError."""
+        """Return a DeviceBinding to memory on the device. Other bindings, and `bind`, are not touched.
+
+        tensors: for every input and output, by name, (address, shape); the dtype is that of its TensorSpec, an address a multiple
+        of 256. May compile for new shapes. Raises EngineError.
+        """
+
+
+class DeviceBinding(Protocol):
+    """An engine bound to memory on its device, for some shapes. `queue` runs it, once `settle` was called."""
 
     def settle(self):
         """Make ready for `queue`; returns a number that changes whenever what was captured before must not be launched again."""
 
     def capturable(self, stream):
-        """Return whether `queue` can be captured on a stream, after it was queued once as it is bound."""
+        """Return whether `queue` can be captured on a stream, after it was queued once."""
 
     def queue(self, stream):
-        """Queue one run on a stream, which must be the engine's own where the vendor wants that. Raises EngineError."""
+        """Queue one run on the engine's stream. Raises EngineError."""
 
 
 def choose_engine(device, size):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cuda import shared_stream
-from ..errors import EngineError, require
+from ..errors import EngineError
 from . import check_names, rebound
 
 
@@ -34,7 +34,7 @@ class OnnxRuntimeEngine:
         ort.disable_telemetry_events()
         self._ort, self._spec, self._device = ort, spec, device
         self._bound, self._device_values = {}, {}
-        self.device, self.stream, self._resident = None, None, None
+        self.device, self.stream = None, None
         providers, options = _providers(ort, device), _options(ort, threads, fused, precision)
         if device == "cuda":
             self.stream = shared_stream()
@@ -78,11 +78,21 @@ class OnnxRuntimeEngine:
                 self._bound[name][...] = value.numpy()
 
     def bind_device(self, tensors):
-        self._resident, inputs = self._session.io_binding(), {t.name for t in self._spec.inputs}
+        binding, inputs = self._session.io_binding(), {t.name for t in self._spec.inputs}
         for spec in (*self._spec.inputs, *self._spec.outputs):
             address, shape = tensors[spec.name]
-            bind = self._resident.bind_input if spec.name in inputs else self._resident.bind_output
+            bind = binding.bind_input if spec.name in inputs else binding.bind_output
             bind(spec.name, "cuda", 0, np.dtype(spec.dtype).type, shape, address)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return _DeviceBinding(self._session, binding, options, self._spec.file)
+
+
+class _DeviceBinding:
+    """A session bound to device memory (protocol: engines.DeviceBinding). A run is queued on the stream that the session has."""
+
+    def __init__(self, session, binding, options, file):
+        self._session, self._binding, self._options, self._file = session, binding, options, file
 
     def settle(self):
         return 0
@@ -92,14 +102,10 @@ class OnnxRuntimeEngine:
         return False
 
     def queue(self, stream):
-        require(stream is self.stream, "stream", "be the engine's own", stream, EngineError)
-        require(self._resident is not None, "tensors", "be bound to the device before a run", "none", EngineError)
-        options = self._ort.RunOptions()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
-            self._session.run_with_iobinding(self._resident, options)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as e:
-            raise EngineError(f"{self._spec.file} must run in ONNX Runtime, got: {_first_line(e)}") from e
+            raise EngineError(f"{self._file} must run in ONNX Runtime, got: {_first_line(e)}") from e
 
 
 def _options(ort, threads, fused, precision):
