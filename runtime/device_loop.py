@@ -165,9 +165,12 @@ class DeviceDenoiser:
     def _queue_calls(self, binding):
         from pidiff import _C
 
-        _C.queue_step_input(self._params, self._stream.handle)
-        binding.queue(self._stream)
-        _C.queue_step_output(self._params, self._stream.handle)
+        try:
+            _C.queue_step_input(self._params, self._stream.handle)
+            binding.queue(self._stream)
+            _C.queue_step_output(self._params, self._stream.handle)
+        except RuntimeError as e:
+            raise EngineError(f"the step's kernels must run on this GPU, got: {e}") from e
         self._stream.download(self._memory.host["loop.progress"], self._memory.region("loop.progress"))
 
     def _upload_noise(self, noise, slot):
@@ -206,7 +209,7 @@ class LoopMemory:
     """
 
     def __init__(self, device, stream, layout, clear, cached):
-        self.layout, self.clear, self.bindings, self.graphs = layout, clear, {}, {}
+        self.layout, self.clear, self.graphs, self.bindings = layout, clear, {}, {}
         self._cached = weakref.ref(cached) if cached is not None else None
         self.device = DeviceMemory(device, layout.size)
         moved = {n: layout.tensors[n] for n in ("loop.latents", "loop.previous", "loop.progress", "loop.identity_sum")

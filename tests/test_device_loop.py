@@ -5,6 +5,7 @@ tests/test_cuda_loop.py does the same on a GPU."""
 import numpy as np
 import pytest
 
+import pidiff._C as core
 from fake_tensorrt import KERNEL
 from pidiff.runtime import Cancelled, PidiffError, cuda
 from pidiff.runtime.denoise import Denoiser
@@ -174,3 +175,79 @@ def test_memory_serves_again_for_the_same_sizes(device, driver):
     with pytest.raises(PidiffError, match="the GPU must have enough free memory"):
         small = engines[0].loop = None
         resident_loop(device, engines=engines, batch=3)
+
+
+# --- the kernels alone --------------------------------------------------------------------------------------------------
+
+def kernel_arrays(count, dtype, plan, guidance, times=700, rows=3, maps=900):
+    """Arrays for StepParams by name, more time and map elements than latents."""
+    steps, rng = len(plan.schedule), np.random.default_rng(1)
+    zeros = lambda n, t=np.float32: np.zeros(n, t)
+    return {
+        "table": core.step_table(plan.schedule, guidance, None, [i % 2 == 1 for i in range(steps)]),
+        "progress": np.array([0, 0, 2**31 - 1, 0], np.int32), "latents": rng.standard_normal(count).astype(np.float32),
+        **{n: zeros(count) for n in ("previous", "previous2", "last")}, "noise": rng.standard_normal(count).astype(np.float32),
+        "model_input": zeros(2 * count, dtype), "model_output": zeros(2 * count, dtype),
+        "time_table": rng.standard_normal((steps, times)).astype(dtype), "time_row": zeros(times, dtype),
+        "id_scales": rng.standard_normal(steps).astype(dtype), "id_scale": zeros(rows, dtype),
+        "identity_map": rng.standard_normal(maps).astype(dtype), "identity_sum": zeros(maps)}
+
+
+def kernel_params(arrays, steps):
+    size = np.dtype(arrays["model_input"].dtype).itemsize
+    sizes = {"steps": steps, "elements": arrays["latents"].size, "time_elements": arrays["time_row"].size,
+             "rows": arrays["id_scale"].size, "map_elements": arrays["identity_sum"].size,
+             **{f"{n}_bytes": size for n in ("input", "output", "time", "scale", "map")}}
+    return np.array([sizes[n] if n in sizes else arrays[n].ctypes.data for n in core.STEP_PARAMS], np.int64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_kernels_with_awkward_numbers(emulate, solver, guidance, dtype):
+    """Model outputs that are denormal, infinite or NaN come out as on the processor; the first bad step stays the first."""
+    plan, count, steps = make_plan(solver, 4), 300, 4
+    arrays, rng = kernel_arrays(count, dtype, plan, guidance), np.random.default_rng(2)
+    arrays["noise"][:] = 0.5
+    params, outputs, seen = kernel_params(arrays, steps), [], []
+    for step in range(steps):
+        emulate(False, params)
+        factor = np.frombuffer(arrays["table"][step], np.float32)[0]
+        np.testing.assert_array_equal(arrays["model_input"][:count], (arrays["latents"] * factor).astype(dtype))
+        assert (arrays["model_input"][count:] != 0).any() == (guidance != 1)
+        np.testing.assert_array_equal(arrays["time_row"], arrays["time_table"][step])
+        assert (arrays["id_scale"] == arrays["id_scales"][step]).all()
+        output = (rng.standard_normal(2 * count) * 2.0 ** rng.integers(-26, 3, 2 * count)).astype(dtype)
+        if step >= 2:
+            output[:3] = np.inf, -np.inf, np.nan
+        arrays["model_output"][:] = output
+        outputs.append(output)
+        emulate(True, params)
+        seen.append(arrays["latents"].copy())
+    assert arrays["progress"].tolist() == [steps, steps - 1, 2, 0]
+    np.testing.assert_allclose(arrays["identity_sum"], 2 * arrays["identity_map"].astype(np.float32))
+    before = {n: a.copy() for n, a in arrays.items()}
+    emulate(False, params), emulate(True, params)
+    assert all(np.array_equal(a, before[n], equal_nan=True) for n, a in arrays.items() if n != "progress"), "nothing after the last step"
+
+    latents, stepper = kernel_arrays(count, dtype, plan, guidance)["latents"], core.Solver(plan.schedule)
+    for step, output in enumerate(outputs):
+        output = output.astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            model = output[:count] if guidance == 1 else output[count:] + np.float32(guidance) * (output[:count] - output[count:])
+            latents, _ = stepper.step(step, model, latents, np.full(count, 0.5, np.float32))
+        np.testing.assert_array_equal(seen[step], latents)
+
+
+def test_step_table_errors():
+    plan = make_plan("ddim")
+    for change, message in (({"guidance_scale": np.inf}, "guidance_scale must be finite, got inf"),
+                            ({"mapped_steps": [True]}, "mapped_steps must hold one value per step, 7, got 1")):
+        with pytest.raises(ValueError, match=message):
+            core.step_table(plan.schedule, **{"guidance_scale": 1.0, **change})
+    for params in (np.zeros(3, np.int64), np.zeros((25, 2), np.int64)):
+        with pytest.raises(ValueError, match=r"params must have shape \[len\(STEP_PARAMS\)\] = \(25\), got"):
+            core.queue_step_input(params, 0)
+    if not core.has_cuda():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            core.queue_step_output(np.zeros(25, np.int64), 0)
