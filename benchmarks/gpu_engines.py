@@ -4,8 +4,8 @@ the time of a step go?
     python benchmarks/gpu_engines.py BUNDLE [--engine tensorrt-rtx|tensorrt|onnxruntime] [--steps 20] [--photo FILE]
 
 Prints one JSON object: the difference of the pictures in grey levels, and medians per step in milliseconds: `step` from
-one step's start to the next's, `wait` for the GPU, `engine` the engine class's own work (launching, copying, looking for NaN),
-`loop` guidance, solver and the rest. Exit status 1 if the picture is another one. Called by gpu_check.sh.
+one step's start to the next's, `wait` for the GPU, and `processor` the rest of it where the loop stays on the GPU; else `engine`
+the engine class's own work (launching, copying, looking for NaN), `loop` guidance, solver and the rest. Exit status 1 if the picture is another one. Called by gpu_check.sh.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -25,31 +26,44 @@ MOST = 2.0      # mean grey levels between two pictures of one seed; other peopl
 
 
 class Clock:
-    """Times every run of an engine, and how long of it was spent waiting for the GPU."""
+    """Times every step of a UNet's engine, and how long of it was spent waiting for the GPU.
+
+    Where the step loop stays on the GPU (runtime/device_loop.py) it is the loop that waits, for the step before the last.
+    """
 
     def __init__(self, engine):
         self.begins, self.runs, self.waits = [], [], []
-        self._run, stream = engine.run, getattr(engine, "_stream", None)
-        engine.run = self._timed
-        if stream is not None:
-            wait = stream.synchronize
-            stream.synchronize = lambda: self._add(self.waits, wait)
+        self._resident = getattr(engine, "loop", None) is not None
+        if self._resident:
+            for event in engine.loop.events:
+                event.wait = partial(self._begin_after, event.wait)
+            return
+        engine.run = partial(self._begin, engine.run)
+        if stream := getattr(engine, "_stream", None):
+            stream.synchronize = partial(self._add, self.waits, stream.synchronize)
+
+    def _begin(self, work):
+        self.begins.append(1e3 * time.perf_counter())
+        self._add(self.runs, work)
+
+    def _begin_after(self, wait):
+        self._add(self.waits, wait)
+        self.begins.append(1e3 * time.perf_counter())
 
     def _add(self, times, work):
         begin = time.perf_counter()
         work()
         times.append(1e3 * (time.perf_counter() - begin))
 
-    def _timed(self):
-        self.begins.append(1e3 * time.perf_counter())
-        self._add(self.runs, self._run)
-
     def medians(self):
         """Of all steps but the first two and the last."""
-        step, run = median(np.diff(self.begins[2:])), median(self.runs[2:-1])
-        wait = median(self.waits[-len(self.runs):][2:-1]) if self.waits else None
-        known = {} if wait is None else {"wait": wait, "engine": run - wait}
-        return {k: round(v, 4) for k, v in {"step": step, "run": run, **known, "loop": step - run}.items()}
+        steps, waits = np.diff(self.begins)[2:], np.array(self.waits[-len(self.begins):])
+        if self._resident:      # a step's wait comes before its begin
+            known = {"wait": median(waits[3:]), "processor": median(steps - waits[3:])}
+        else:
+            run, wait = median(self.runs[2:-1]), median(waits[2:-1]) if self.waits else None
+            known = {"run": run, **({} if wait is None else {"wait": wait, "engine": run - wait}), "loop": median(steps) - run}
+        return {k: round(float(v), 4) for k, v in {"step": median(steps), **known}.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

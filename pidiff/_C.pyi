@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Cancelled', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'has_cuda', 'identity_mix', 'randn', 'sample']
+__all__: list[str] = ['Cancelled', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'has_cuda', 'identity_mix', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'step_table']
 class Cancelled(Exception):
     """
     on_step asked sample() to stop.
@@ -91,6 +91,17 @@ def identity_mix(h: numpy.ndarray, y: numpy.ndarray, a: numpy.ndarray, v_id: num
     mask [B, P, S], scale [B]. Returns (out [B, S, C], id_mass [B, P, S]): id_mass is the probability that went
     to real identity tokens, averaged over heads, and zero without a null key.
     """
+def queue_step_input(params: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Queue what comes before the model on a CUDA stream (its handle): scaled latents, time row and id_scale of the
+    step that the progress names. params int64 [len(STEP_PARAMS)]: addresses on the device and sizes, by
+    STEP_PARAMS (csrc/sampler/step_cuda.h says what they are). RuntimeError without CUDA.
+    """
+def queue_step_output(params: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Queue what comes after the model: guidance and the solver step, exactly as sample() does them, the identity
+    map's sum, the first step whose latents are not finite, and the progress to the next step.
+    """
 def randn(seeds: collections.abc.Iterable[int], shape: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], stream: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.float32]:
     """
     Gaussian noise, float32 [len(seeds), c, h, w]. Each image depends on its own seed, the stream and the
@@ -108,3 +119,9 @@ def sample(schedule: Schedule, latents: numpy.ndarray, seeds: collections.abc.It
     not 1). At every other step only the last B rows of both buffers are written and read.
     Runs without the GIL but for the callbacks. RuntimeError names the step at which latents are not finite.
     """
+def step_table(schedule: Schedule, guidance_scale: typing.SupportsFloat | typing.SupportsIndex, guided_steps: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, mapped_steps: collections.abc.Sequence[bool] = []) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    The coefficients of all steps as the GPU reads them, uint8 [N, 64]. guided_steps: as in sample(). mapped_steps:
+    for each step whether its identity map counts for the average (none given: none does).
+    """
+STEP_PARAMS: tuple = ('table', 'progress', 'latents', 'previous', 'previous2', 'last', 'noise', 'model_input', 'model_output', 'time_table', 'time_row', 'id_scales', 'id_scale', 'identity_map', 'identity_sum', 'steps', 'elements', 'time_elements', 'rows', 'map_elements', 'input_bytes', 'output_bytes', 'time_bytes', 'scale_bytes', 'map_bytes')

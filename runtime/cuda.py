@@ -5,6 +5,7 @@ primary context, the one that TensorRT uses too.
 """
 
 import ctypes
+import functools
 import weakref
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from .errors import EngineError
 
 LIBRARY = "libcuda.so.1"
 _INTEGRATED, _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 18, 75, 76      # CUdevice_attribute
-_PORTABLE_AND_MAPPED, _NON_BLOCKING, _THREAD_LOCAL, _OUT_OF_MEMORY = 1 | 2, 1, 1, 2
+_PORTABLE_AND_MAPPED, _NON_BLOCKING, _THREAD_LOCAL, _NO_TIMING, _OUT_OF_MEMORY = 1 | 2, 1, 1, 2, 2
 _INT, _UNSIGNED, _SIZE, _ADDRESS, _HANDLE = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p
 _P = ctypes.POINTER
 # What a Device calls, by the names that the library exports (cuda.h renames some). All return a CUresult.
@@ -25,7 +26,10 @@ _PROTOTYPES = {
     "cuMemAlloc_v2": (_P(_ADDRESS), _SIZE), "cuMemFree_v2": (_ADDRESS,), "cuMemHostAlloc": (_P(_HANDLE), _SIZE, _UNSIGNED),
     "cuMemFreeHost": (_HANDLE,), "cuMemHostGetDevicePointer_v2": (_P(_ADDRESS), _HANDLE, _UNSIGNED),
     "cuMemcpyHtoDAsync_v2": (_ADDRESS, _HANDLE, _SIZE, _HANDLE), "cuMemcpyDtoHAsync_v2": (_HANDLE, _ADDRESS, _SIZE, _HANDLE),
+    "cuMemsetD8Async": (_ADDRESS, ctypes.c_ubyte, _SIZE, _HANDLE),
     "cuStreamCreate": (_P(_HANDLE), _UNSIGNED), "cuStreamDestroy_v2": (_HANDLE,), "cuStreamSynchronize": (_HANDLE,),
+    "cuEventCreate": (_P(_HANDLE), _UNSIGNED), "cuEventRecord": (_HANDLE, _HANDLE), "cuEventSynchronize": (_HANDLE,),
+    "cuEventDestroy_v2": (_HANDLE,),
     "cuStreamBeginCapture_v2": (_HANDLE, _INT), "cuStreamEndCapture": (_HANDLE, _P(_HANDLE)),
     "cuGraphInstantiateWithFlags": (_P(_HANDLE), _HANDLE, ctypes.c_ulonglong), "cuGraphLaunch": (_HANDLE, _HANDLE),
     "cuGraphExecDestroy": (_HANDLE,), "cuGraphDestroy": (_HANDLE,),
@@ -140,10 +144,39 @@ class HostMemory:
         self.host, self.address, self.size = host.value, address.value, size
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (self.host, False)}
 
-    def array(self, shape, dtype):
-        """Return an array on the start of this memory, which it keeps."""
+    def array(self, shape, dtype, offset=0):
+        """Return an array on this memory from byte `offset`, which it keeps."""
         count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        return np.asarray(self)[:count].view(dtype).reshape(shape)
+        return np.asarray(self)[offset:offset + count].view(dtype).reshape(shape)
+
+
+class Layout:
+    """Where tensors lie in one allocation: each begins at a multiple of 256 bytes, which is what engines and copies like best.
+
+    tensors: name -> (shape, dtype). Attributes: `tensors`, `offsets` (name -> bytes), `size` of the whole.
+    """
+
+    def __init__(self, tensors):
+        self.tensors, self.offsets, self.size = tensors, {}, 0
+        for name in tensors:
+            self.offsets[name] = self.size
+            self.size += -(-self.nbytes(name) // 256) * 256
+
+    def nbytes(self, name):
+        """Return the bytes of a tensor."""
+        shape, dtype = self.tensors[name]
+        return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+    def __eq__(self, other):
+        return isinstance(other, Layout) and self.tensors == other.tensors
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of device memory: what a Stream copies to and from."""
+
+    address: int
+    size: int
 
 
 class Scratch:
@@ -160,40 +193,68 @@ class Scratch:
 
 
 class Stream:
-    """A queue of work of our own, which does not wait for the default stream. handle: what vendors' calls take."""
+    """A queue of work of our own, which does not wait for the default stream. handle: what vendors' calls take; device: its Device."""
 
     def __init__(self, device):
         device.use()
         handle = _HANDLE()
         device.call("cuStreamCreate", handle, _NON_BLOCKING)
-        self._device, self.handle = device, handle.value
+        self.device, self.handle = device, handle.value
         device.finalize(self, "cuStreamDestroy_v2", handle)
 
     def upload(self, memory, array):
         """Queue a copy of a contiguous array to the start of a memory."""
-        self._device.call("cuMemcpyHtoDAsync_v2", memory.address, array.ctypes.data, array.nbytes, self.handle)
+        self.device.call("cuMemcpyHtoDAsync_v2", memory.address, array.ctypes.data, array.nbytes, self.handle)
 
     def download(self, array, memory):
         """Queue a copy from the start of a memory into an array in page-locked memory."""
-        self._device.call("cuMemcpyDtoHAsync_v2", array.ctypes.data, memory.address, array.nbytes, self.handle)
+        self.device.call("cuMemcpyDtoHAsync_v2", array.ctypes.data, memory.address, array.nbytes, self.handle)
+
+    def clear(self, memory):
+        """Queue zeros into a memory."""
+        self.device.call("cuMemsetD8Async", memory.address, 0, memory.size, self.handle)
 
     def synchronize(self):
         """Wait until all that was queued is done."""
-        self._device.call("cuStreamSynchronize", self.handle)
+        self.device.call("cuStreamSynchronize", self.handle)
 
     def capture(self, work):
         """Return a Graph of what `work()` queues here, without running it. Raises EngineError, and what `work` raises."""
-        self._device.call("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
+        self.device.call("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
         graph = _HANDLE()
         try:
             work()
         except BaseException:
-            self._device._cuda.cuStreamEndCapture(self.handle, ctypes.byref(graph))     # an error of its own tells less
+            self.device._cuda.cuStreamEndCapture(self.handle, ctypes.byref(graph))     # an error of its own tells less
             if graph:
-                self._device.call("cuGraphDestroy", graph)
+                self.device.call("cuGraphDestroy", graph)
             raise
-        self._device.call("cuStreamEndCapture", self.handle, graph)
-        return Graph(self._device, self, graph)
+        self.device.call("cuStreamEndCapture", self.handle, graph)
+        return Graph(self.device, self, graph)
+
+
+@functools.cache
+def shared_stream():
+    """Return the one Stream of engines that get theirs when they load. It stays for the life of the process, as they may."""
+    return Stream(Device())
+
+
+class Event:
+    """A mark in a stream that can be waited for while work behind it goes on."""
+
+    def __init__(self, device):
+        device.use()
+        self._device, self._handle = device, _HANDLE()
+        device.call("cuEventCreate", self._handle, _NO_TIMING)
+        device.finalize(self, "cuEventDestroy_v2", self._handle)
+
+    def record(self, stream):
+        """Set the mark behind all that is queued in a stream by now."""
+        self._device.call("cuEventRecord", self._handle, stream.handle)
+
+    def wait(self):
+        """Wait until the stream has passed the mark; returns at once if none was set."""
+        self._device.call("cuEventSynchronize", self._handle)
 
 
 class Graph:

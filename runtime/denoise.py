@@ -37,6 +37,31 @@ class Conditions:
     guided_steps: tuple
     cache_interval: int
 
+    def active(self, step):
+        """Whether the identity takes part in a step."""
+        return step >= self.first_identity_step and self.id_scale > 0
+
+
+def plan_calls(engine, cached, plan, conditions):
+    """Return for each step which engine runs on how many rows. engine, cached: those of `unet` and `unet_cached`."""
+    total, (first, end) = len(plan.schedule), conditions.guided_steps
+    whole = whole_steps(total, conditions.cache_interval, (first, end), conditions.first_identity_step)
+    rows = len(conditions.id_fold)
+    return [(engine if whole[i] else cached, rows if first <= i < end else conditions.batch) for i in range(total)]
+
+
+def tensor_shapes(engine, plan, conditions, latent_shape):
+    """Return name -> shape of the UNet's inputs and outputs for all rows, latents [c,h,w]."""
+    rows, people = conditions.id_fold.shape[:2]
+    shapes = {
+        "latents": (rows, *latent_shape), "model_output": (rows, *latent_shape), "id_scale": (rows,),
+        "time_row": (1, plan.time_table.shape[1]), "identity_map": (rows, people, *latent_shape[1:]),
+    }
+    specs = {spec.name: spec for spec in (*engine.inputs(), *engine.outputs())}
+    if "deep_features" in specs:
+        shapes["deep_features"] = (rows, specs["deep_features"].shape[1], *latent_shape[1:])
+    return {n: shapes[n] if n in shapes else getattr(conditions, n).shape for n in specs}
+
 
 class Denoiser:
     """Runs the core's loop over one UNet engine, bound for a Plan, Conditions and latents [c,h,w].
@@ -47,10 +72,7 @@ class Denoiser:
     def __init__(self, engine, plan, conditions, latent_shape, cached=None):
         self._engine, self._plan, self._conditions = engine, plan, conditions
         self._buffers = self._allocate(latent_shape)
-        total, (first, end) = len(plan.schedule), conditions.guided_steps
-        whole = whole_steps(total, conditions.cache_interval, (first, end), conditions.first_identity_step)
-        self._calls = [(engine if whole[i] else cached, len(self._buffers["latents"]) if first <= i < end else conditions.batch)
-                       for i in range(total)]
+        self._calls = plan_calls(engine, cached, plan, conditions)
         self._bound = {}  # engine -> rows
         for call in reversed(dict.fromkeys(self._calls)):  # compiles for all of them; the first of an engine is bound last
             self._bind(*call)
@@ -68,7 +90,7 @@ class Denoiser:
 
         def call_engine(step):
             nonlocal total, count
-            active = step >= conditions.first_identity_step and conditions.id_scale > 0
+            active = conditions.active(step)
             buffers["time_row"][0] = plan.time_table[step]
             buffers["id_scale"][:] = conditions.id_scale if active else 0.0
             engine, rows = self._calls[step]
@@ -90,19 +112,12 @@ class Denoiser:
 
     def _allocate(self, latent_shape):
         """Return one array per tensor of the UNet, filled with what stays the same."""
-        rows, people = self._conditions.id_fold.shape[:2]
-        shapes = {
-            "latents": (rows, *latent_shape), "model_output": (rows, *latent_shape), "id_scale": (rows,),
-            "time_row": (1, self._plan.time_table.shape[1]), "identity_map": (rows, people, *latent_shape[1:]),
-        }
-        buffers = {}
+        buffers, shapes = {}, tensor_shapes(self._engine, self._plan, self._conditions, latent_shape)
         for spec in (*self._engine.inputs(), *self._engine.outputs()):
-            if spec.name == "deep_features":
-                shapes[spec.name] = (rows, spec.shape[1], *latent_shape[1:])
-            if spec.name in shapes:
-                buffers[spec.name] = new_array(self._engine, spec, shapes[spec.name])
-            else:
+            if spec.name in CONSTANT:
                 buffers[spec.name] = np.ascontiguousarray(getattr(self._conditions, spec.name), spec.dtype)
+            else:
+                buffers[spec.name] = new_array(self._engine, spec, shapes[spec.name])
         return buffers
 
     def _bind(self, engine, rows):

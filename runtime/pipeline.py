@@ -11,7 +11,8 @@ import numpy as np
 
 from .bundle import Bundle
 from .compiled import CompiledEngines, find_compiled
-from .denoise import Conditions, Denoiser, Plan
+from .denoise import Conditions, Plan
+from .device_loop import make_denoiser
 from .engine_specs import BACKENDS
 from .engines import AUTO, PRECISIONS, bind_new, call, choose_engine, fall_back, load_engine
 from .errors import EngineError, PidiffError, require
@@ -262,11 +263,11 @@ class Pipeline:
         with self._stage("load"):  # an engine may compile for these shapes
             rows = conditions(len(seeds))
             cached = self._graph("unet_cached") if rows.cache_interval > 1 else None
-            denoiser = Denoiser(self._graph("unet"), plan, rows, shape, cached)
+            denoiser = make_denoiser(self._graph("unet"), plan, rows, shape, cached)
         with self._stage("denoise"):
             latents = _C.randn(seeds, shape)
             latents *= np.float32(plan.schedule.init_noise_sigma)
-            identity_map = denoiser.run(latents, seeds, float(options.guidance_scale), watch.step)
+            identity_map = denoiser.run(latents, seeds, float(options.guidance_scale), watch.on_step)
         return latents, identity_map
 
     def _decode(self, latents, tile=None):
@@ -363,8 +364,12 @@ class _Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self, step, latents, denoised):
-        """The core's on_step."""
+    @property
+    def on_step(self):
+        """What the loop calls after every step; None where nobody watches, for it may have to wait and copy for it."""
+        return self._step if self._callback or self._bar is not None else None
+
+    def _step(self, step, latents, denoised):
         self._done += 1
         if self._bar is not None:
             self._bar.update()

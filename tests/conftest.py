@@ -84,6 +84,28 @@ def driver(tmp_path_factory: pytest.TempPathFactory):
     return FakeDriver(tmp_path_factory.mktemp("driver"))
 
 
+@pytest.fixture(scope="session")
+def emulate(tmp_path_factory: pytest.TempPathFactory):
+    """The step loop's kernels, on the processor."""
+    from fake_steps import CSRC, compile_steps
+
+    if shutil.which("g++") is None or not CSRC.is_dir():
+        pytest.skip("needs g++ and the repository's sources")
+    return compile_steps(tmp_path_factory.mktemp("steps"))
+
+
+@pytest.fixture
+def steps(driver, emulate, monkeypatch):
+    """Puts the emulated kernels onto the made-up GPU: the step loop stays on it."""
+    import pidiff._C as core
+    from fake_steps import FakeSteps
+
+    made = FakeSteps(driver, emulate)
+    monkeypatch.setattr(core, "queue_step_input", made.input)
+    monkeypatch.setattr(core, "queue_step_output", made.output)
+    monkeypatch.setattr(core, "has_cuda", lambda: True)
+
+
 @pytest.fixture
 def gpu(driver, monkeypatch):
     """Return a function that puts the made-up GPU and a module in place; afterwards nothing of them may be left."""

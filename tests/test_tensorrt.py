@@ -157,7 +157,7 @@ def test_rows_choose_the_profile(bundle, gpu, rng):
     for rows, profile in ((4, 0), (2, 1), (8, 0), (1, 1), (3, 0), (4, 0)):
         arrays = unet_arrays(engine, rng, rows)
         engine.bind(arrays, CONSTANT)
-        assert engine._profile == profile, rows
+        assert engine._context._profile == profile, rows
         for _ in range(3):
             engine.run()
             check(engine, bundle, arrays)

@@ -33,6 +33,8 @@ PIDIFF_DEVICE unsigned char* shared_memory() {
 PIDIFF_DEVICE void sync_block() { __syncthreads(); }
 PIDIFF_DEVICE float exchange_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+PIDIFF_DEVICE void keep_smallest(std::int32_t* at, std::int32_t value) { atomicMin(at, value); }
+
 PIDIFF_DEVICE float to_float(float value) { return value; }
 PIDIFF_DEVICE float to_float(Half value) { return __half2float(value); }
 PIDIFF_DEVICE float to_float(BFloat value) { return __bfloat162float(value); }

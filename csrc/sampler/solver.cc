@@ -9,69 +9,74 @@ inline float read(const float* from, std::size_t i) { return from[i]; }
 inline float read(const std::uint16_t* from, std::size_t i) { return half_to_float(from[i]); }
 
 struct Buffers {
-  const float* noise;  // null: none
+  const float* noise;  // read by noisy steps only
   float *latents, *denoised, *previous, *previous2, *last;
 };
 
-// The one pass. Template flags take the untaken terms out of the loop: a term with coefficient 0 may hold NaN.
+// The one pass. Template flags take the untaken terms out of the loop.
 template <bool Guided, bool Corrected, bool Noisy, class Element>
-float pass(const Step& step, const Element* conditional, const Element* unconditional, float guidance,
-           const Buffers& b, std::size_t count) {
-  const auto f = [](double value) { return static_cast<float>(value); };
-  const float d_sample = f(step.d_sample), d_output = f(step.d_output);
-  const float c_last = f(step.c_last), c_prev = f(step.c_prev), c_prev2 = f(step.c_prev2);
-  const float c_denoised = f(step.c_denoised);
-  const float n_sample = f(step.n_sample), n_denoised = f(step.n_denoised), n_prev = f(step.n_prev);
-  const float n_noise = f(step.n_noise);
+float pass(const StepRow& row, const Element* conditional, const Element* unconditional, const Buffers& b,
+           std::size_t count) {
   float poison = 0.0f;  // 0 while everything is finite, NaN afterwards
   for (std::size_t i = 0; i < count; ++i) {
-    float output = read(conditional, i);
-    if (Guided) {
-      const float without = read(unconditional, i);
-      output = without + guidance * (output - without);
-    }
-    float x = b.latents[i];
-    const float clean = d_sample * x + d_output * output;
-    if (Corrected)
-      x = c_last * b.last[i] + c_prev * b.previous[i] + c_prev2 * b.previous2[i] + c_denoised * clean;
-    float next = n_sample * x + n_denoised * clean + n_prev * b.previous[i];
-    if (Noisy) next += n_noise * b.noise[i];
-    b.last[i] = x;
-    b.previous2[i] = b.previous[i];
-    b.previous[i] = clean;
-    b.denoised[i] = clean;
-    b.latents[i] = next;
-    poison += next * 0.0f;
+    StepElement e{b.latents[i], b.previous[i], b.previous2[i], b.last[i]};
+    pidiff::advance(row, Guided, Corrected, Noisy, read(conditional, i), Guided ? read(unconditional, i) : 0.0f,
+                    Noisy ? b.noise[i] : 0.0f, e);
+    b.last[i] = e.last;
+    b.previous2[i] = e.previous2;
+    b.previous[i] = e.previous;
+    b.denoised[i] = e.previous;
+    b.latents[i] = e.latents;
+    poison += e.latents * 0.0f;
   }
   return poison;
 }
 
 template <class Element>
-float dispatch(const Step& step, const ModelOutput& output, const Buffers& b, std::size_t count) {
+float dispatch(const StepRow& row, const ModelOutput& output, const Buffers& b, std::size_t count) {
   const auto* c = static_cast<const Element*>(output.conditional);
   const auto* u = static_cast<const Element*>(output.unconditional);
-  const float g = output.guidance_scale;
-  const bool noisy = b.noise != nullptr;
-  if (u != nullptr) {
-    if (step.corrector) return pass<true, true, false>(step, c, u, g, b, count);
-    return noisy ? pass<true, false, true>(step, c, u, g, b, count) : pass<true, false, false>(step, c, u, g, b, count);
+  if (row.guided) {
+    if (row.corrected) return pass<true, true, false>(row, c, u, b, count);
+    return row.noisy ? pass<true, false, true>(row, c, u, b, count) : pass<true, false, false>(row, c, u, b, count);
   }
-  if (step.corrector) return pass<false, true, false>(step, c, u, g, b, count);
-  return noisy ? pass<false, false, true>(step, c, u, g, b, count) : pass<false, false, false>(step, c, u, g, b, count);
+  if (row.corrected) return pass<false, true, false>(row, c, u, b, count);
+  return row.noisy ? pass<false, false, true>(row, c, u, b, count) : pass<false, false, false>(row, c, u, b, count);
 }
 
 }  // namespace
+
+StepRow make_row(const Step& step, bool guided, float guidance_scale) {
+  const auto f = [](double value) { return static_cast<float>(value); };
+  StepRow row{};
+  row.input_scale = f(step.input_scale);
+  row.d_sample = f(step.d_sample);
+  row.d_output = f(step.d_output);
+  row.c_last = f(step.c_last);
+  row.c_prev = f(step.c_prev);
+  row.c_prev2 = f(step.c_prev2);
+  row.c_denoised = f(step.c_denoised);
+  row.n_sample = f(step.n_sample);
+  row.n_denoised = f(step.n_denoised);
+  row.n_prev = f(step.n_prev);
+  row.n_noise = f(step.n_noise);
+  row.guidance_scale = guidance_scale;
+  row.guided = guided;
+  row.corrected = step.corrector;
+  row.noisy = step.n_noise != 0.0;
+  return row;
+}
 
 SolverState::SolverState(std::size_t elements)
     : elements_(elements), previous_(elements, 0.0f), previous2_(elements, 0.0f), last_(elements, 0.0f) {}
 
 bool SolverState::advance(const Step& step, const ModelOutput& output, const float* noise, float* latents,
                           float* denoised) {
-  const Buffers buffers{step.n_noise != 0.0 ? noise : nullptr, latents, denoised, previous_.data(),
-                        previous2_.data(), last_.data()};
+  const Buffers buffers{noise, latents, denoised, previous_.data(), previous2_.data(), last_.data()};
+  const StepRow row = make_row(step, output.unconditional != nullptr, output.guidance_scale);
   ++done_;
-  const float poison = output.half ? dispatch<std::uint16_t>(step, output, buffers, elements_)
-                                   : dispatch<float>(step, output, buffers, elements_);
+  const float poison = output.half ? dispatch<std::uint16_t>(row, output, buffers, elements_)
+                                   : dispatch<float>(row, output, buffers, elements_);
   return poison == 0.0f;
 }
 

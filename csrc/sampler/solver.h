@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "sampler/schedule.h"
+#include "sampler/step_element.h"
 
 namespace pidiff {
 
@@ -16,6 +17,9 @@ struct ModelOutput {
   float guidance_scale = 1.0f;          // m = u + scale * (c - u); Ho & Salimans, arXiv 2207.12598
   bool half = false;
 };
+
+// The coefficients of a step as its arithmetic takes them.
+StepRow make_row(const Step& step, bool guided, float guidance_scale);
 
 // The state a solver carries between steps: earlier clean predictions and corrected latents.
 class SolverState {

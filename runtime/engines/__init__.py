@@ -53,6 +53,34 @@ class Engine(Protocol):
         """Run once on the bound arrays. Returns when the outputs are there, or, with a stream, when work is queued."""
 
 
+class DeviceEngine(Engine, Protocol):
+    """An engine whose tensors can stay on a CUDA device between runs: what device_loop.py needs.
+
+    device: cuda.Device, None where this engine has none. stream: the cuda.Stream that its work is queued on. loop: where the
+    step loop keeps its memory from picture to picture; None at first.
+    """
+
+    def bind_device(self, tensors):
+        """Return a DeviceBinding to memory on the device. Other bindings, and `bind`, are not touched.
+
+        tensors: for every input and output, by name, (address, shape); the dtype is that of its TensorSpec, an address a multiple
+        of 256. May compile for new shapes. Raises EngineError.
+        """
+
+
+class DeviceBinding(Protocol):
+    """An engine bound to memory on its device, for some shapes. `queue` runs it, once `settle` was called."""
+
+    def settle(self):
+        """Make ready for `queue`; returns a number that changes whenever what was captured before must not be launched again."""
+
+    def capturable(self, stream):
+        """Return whether `queue` can be captured on a stream, after it was queued once."""
+
+    def queue(self, stream):
+        """Queue one run on the engine's stream. Raises EngineError."""
+
+
 def choose_engine(device, size):
     """Return the name of the engine that "auto" stands for, on a device, for a bundle of `size` bytes.
 

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from ..cuda import shared_stream
 from ..errors import EngineError
 from . import check_names, rebound
 
@@ -18,7 +21,12 @@ def custom_op_library():
 
 
 class OnnxRuntimeEngine:
-    """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.Engine)."""
+    """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.DeviceEngine).
+
+    On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs.
+    """
+
+    loop = None
 
     def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
         import onnxruntime as ort
@@ -26,7 +34,12 @@ class OnnxRuntimeEngine:
         ort.disable_telemetry_events()
         self._ort, self._spec, self._device = ort, spec, device
         self._bound, self._device_values = {}, {}
+        self.device, self.stream = None, None
         providers, options = _providers(ort, device), _options(ort, threads, fused, precision)
+        if device == "cuda":
+            self.stream = shared_stream()
+            self.device = self.stream.device
+            providers[0] = (providers[0], {"user_compute_stream": str(self.stream.handle)})
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
@@ -63,6 +76,36 @@ class OnnxRuntimeEngine:
         for name, (is_input, value) in self._device_values.items():
             if not is_input:
                 self._bound[name][...] = value.numpy()
+
+    def bind_device(self, tensors):
+        binding, inputs = self._session.io_binding(), {t.name for t in self._spec.inputs}
+        for spec in (*self._spec.inputs, *self._spec.outputs):
+            address, shape = tensors[spec.name]
+            bind = binding.bind_input if spec.name in inputs else binding.bind_output
+            bind(spec.name, "cuda", 0, np.dtype(spec.dtype).type, shape, address)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return _DeviceBinding(self._session, binding, options, self._spec.file)
+
+
+class _DeviceBinding:
+    """A session bound to device memory (protocol: engines.DeviceBinding). A run is queued on the stream that the session has."""
+
+    def __init__(self, session, binding, options, file):
+        self._session, self._binding, self._options, self._file = session, binding, options, file
+
+    def settle(self):
+        return 0
+
+    def capturable(self, stream):
+        """Not offered: a session may place nodes on the processor, whose copies cannot be captured."""
+        return False
+
+    def queue(self, stream):
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as e:
+            raise EngineError(f"{self._file} must run in ONNX Runtime, got: {_first_line(e)}") from e
 
 
 def _options(ort, threads, fused, precision):

@@ -5,6 +5,7 @@ First what can be asked without a loaded engine: the installed version, and what
 
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ..cuda import DeviceMemory, HostMemory, Stream
 from ..errors import EngineError, require
 from . import ENGINES, rebound
+from .tensorrt_context import Context
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 _PLUGIN = ("PidiffIdentityAttention", "1", "pidiff")      # one of libpidiff_trt.so: name, version, namespace
@@ -63,12 +65,13 @@ def validity(backend, header):
 
 
 class TensorRtEngine:
-    """One deserialised engine (protocol: engines.Engine, but for the constructor).
+    """One deserialised engine (protocol: engines.DeviceEngine, but for the constructor).
 
-    Every tensor has memory of its own, allocated once for a size: on the GPU, and page-locked on the host for what goes up
+    With `bind` every tensor has memory of its own, allocated once for a size: on the GPU, and page-locked on the host for what goes up
     or down in every run; where both share their memory the GPU works on the host's, and nothing is copied. Constant inputs
     lie in GPU memory, which the GPU caches. The first run after a change of shape or address is queued call by call; the
-    second is captured, copies included, and from then on a run is one launch (`captured`), until something moves.
+    second is captured, copies included, and from then on a run is one launch (`captured`), until something moves. What
+    `bind_device` returns is an execution context of its own.
 
     backend: its name in ENGINES. data: the engine, as Bundle.engine returned it after checking its hash. spec: GraphSpec.
     profiles: those of its EngineFile. scratch: cuda.Scratch, shared by engines that never run at the same time.
@@ -76,22 +79,22 @@ class TensorRtEngine:
     domain `pidiff`. Raises EngineError.
     """
 
-    _graph = _context = _engine = _stream = None
+    _graph = _context = _spare = _engine = _stream = loop = None
 
     def __init__(self, backend, data, spec, profiles, scratch, rebuild, fused=False):
         self._trt, self._backend = importlib.import_module(ENGINES[backend][2]), backend
         self._spec, self._profiles, self._scratch, self._rebuild = spec, profiles, scratch, rebuild
         self._name, self._device, self._log = Path(spec.file).stem, scratch.device, _logger(self._trt)
-        self._slots, self._bound, self._staged, self._shapes = {}, {}, [], None
-        self._profile, self._scratch_size, self._scratch_at = 0, 0, None
-        self._warm, self._capturable = False, True
+        self._done = partial(_done, f"graph {self._name}", f"{backend} {self._trt.__version__}", self._log)
+        self._slots, self._bound, self._staged = {}, {}, []
+        self._capturable, self._captured_at = True, None
         self._stream = Stream(self._device)
         if fused:
             self._load_plugins()
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._done(self._runtime.deserialize_cuda_engine(data), "deserialise")
         self._check()
-        self._context = self._done(self._make_context(), "get an execution context")
+        self._spare = self._make_context()      # for whoever needs one first, so that an engine that has none is found now
 
     def inputs(self):
         return self._spec.inputs
@@ -100,9 +103,17 @@ class TensorRtEngine:
         return self._spec.outputs
 
     @property
+    def device(self):
+        return self._device
+
+    @property
+    def stream(self):
+        return self._stream
+
+    @property
     def captured(self):
         """Whether a run is one launch of a CUDA graph by now."""
-        return self._graph is not None
+        return self._graph is not None or bool(self.loop and any(graph for _, graph in self.loop.graphs.values()))
 
     def array(self, name, shape):
         """Return the array that a tensor has in host memory, to be bound next: it needs no copy. It stays the same one
@@ -125,12 +136,21 @@ class TensorRtEngine:
             if fixed:
                 self._stream.upload(slot.memory, array)
         self._stream.synchronize()
-        if shapes != self._shapes:
-            self._set_shapes(profile, shapes)
+        self._context.set_shapes(profile, shapes, self._stream)
         self._bound, self._staged = bound, []
         for name, slot in self._slots.items():
             if slot.host is not None and slot.host.host != bound[name].ctypes.data:
                 self._staged.append((name in shapes, bound[name], slot.host.array(bound[name].shape, bound[name].dtype)))
+
+    def bind_device(self, tensors):
+        shapes = {t.name: tuple(tensors[t.name][1]) for t in self._spec.inputs}
+        profile = choose_profile(self._name, self._profiles, shapes, self._rebuild)
+        self._device.use()
+        context = self._take_context()
+        for name, (address, _) in tensors.items():
+            context.set_address(name, address)
+        context.set_shapes(profile, shapes, self._stream)
+        return context
 
     def run(self, stream=None):
         require(self._bound, "tensors", "be bound before a run", "none", EngineError)
@@ -138,15 +158,17 @@ class TensorRtEngine:
         for is_input, array, host in self._staged:
             if is_input:
                 host[...] = array
-        self._follow_scratch()
-        if self._graph is None and self._warm and self._capturable:
+        version = self._context.settle()
+        if self._captured_at != version:
+            self._graph, self._captured_at = None, version
+        if self._graph is None and self._context.warm and self._capturable:
             self._capture()
         if self._graph is None:
             self._queue()
         else:
             self._graph.launch()
         self._stream.synchronize()
-        self._warm = True
+        self._context.warm = True
         for is_input, array, host in self._staged:
             if not is_input:
                 array[...] = host
@@ -156,9 +178,12 @@ class TensorRtEngine:
 
     def close(self):
         """Give everything back, users before what they use. The engine cannot be used any more."""
-        self._bound, self._staged, self._graph, self._context = {}, [], None, None
+        if self.loop:
+            self.loop.graphs.clear()
+            self.loop.bindings.clear()
+        self._bound, self._staged, self._graph, self._context, self._spare = {}, [], None, None, None
         self._engine = self._runtime = None
-        self._slots, self._stream, self._scratch = {}, None, None
+        self._slots, self.loop, self._stream, self._scratch = {}, None, None, None
 
     def __del__(self):
         self.close()
@@ -187,75 +212,64 @@ class TensorRtEngine:
                  for i in range(engine.num_optimization_profiles)]
         require(built == list(self._profiles), f"engine of {self._name}", "have the profiles of its manifest", built, EngineError)
 
+    def _take_context(self):
+        """Return a Context that nobody else uses."""
+        context, self._spare = self._spare or self._make_context(), None
+        return context
+
     def _make_context(self):
-        """A context whose scratch memory is ours to give. In TensorRT-RTX also: kernels for a new shape are compiled at once,
+        """A Context whose scratch memory is ours to give. In TensorRT-RTX also: kernels for a new shape are compiled at once,
         not in the background, for a captured graph would keep the slower ones for ever."""
         trt, engine = self._trt, self._engine
         ours = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-            return engine.create_execution_context(ours)
+            made = engine.create_execution_context(ours)
+            return Context(self._done(made, "get an execution context"), self._scratch, self._done)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(ours)
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        return engine.create_execution_context(config)
-
-    def _set_shapes(self, profile, shapes):
-        self._shapes = None
-        if profile != self._profile:
-            self._done(self._context.set_optimization_profile_async(profile, self._stream.handle), "change its profile")
-            self._stream.synchronize()
-            self._profile = profile
-        for name, shape in shapes.items():
-            self._done(self._context.set_input_shape(name, shape), f"take {name} {list(shape)}")
-        self._scratch_size, self._scratch_at = self._context.update_device_memory_size_for_shapes(), None
-        self._graph, self._warm, self._shapes = None, False, shapes
+        made = engine.create_execution_context(config)
+        return Context(self._done(made, "get an execution context"), self._scratch, self._done)
 
     def _slot(self, name, size, constant):
         """Return the memory of a tensor, made anew if the size is another."""
+        self._context = self._context or self._take_context()
         slot = self._slots.get(name)
         if slot is None or slot.memory.size != size or (slot.host is None) != constant:
             self._graph, self._bound = None, {}
             host = None if constant else HostMemory(self._device, size)
             memory = host if host and self._device.integrated else DeviceMemory(self._device, size)
-            self._done(self._context.set_tensor_address(name, memory.address), f"take the address of {name}")
+            self._context.set_address(name, memory.address)
             slot = self._slots[name] = _Slot(memory, host)
         return slot
-
-    def _follow_scratch(self):
-        """Give the context its scratch memory where it is now; another engine may have made it larger."""
-        self._scratch.reserve(self._scratch_size)
-        if self._scratch_size and self._scratch.memory.address != self._scratch_at:
-            self._graph, self._scratch_at = None, self._scratch.memory.address
-            self._context.set_device_memory(self._scratch_at, self._scratch.memory.size)
 
     def _queue(self):
         """Queue the copies up, the engine and the copies down."""
         moved = [(t.name, s) for t in (*self._spec.inputs, *self._spec.outputs)
                  if (s := self._slots[t.name]).host is not None and s.host is not s.memory]
         for name, slot in moved:
-            if name in self._shapes:
+            if name in self._context.shapes:
                 self._stream.upload(slot.memory, np.asarray(slot.host))
-        self._done(self._context.execute_async_v3(self._stream.handle), "run")
+        self._context.queue(self._stream)
         for name, slot in moved:
-            if name not in self._shapes:
+            if name not in self._context.shapes:
                 self._stream.download(np.asarray(slot.host), slot.memory)
 
     def _capture(self):
         """Capture a run. An engine that cannot be captured is queued call by call for ever."""
-        ask = getattr(self._context, "is_stream_capturable", None)      # TensorRT-RTX
-        self._capturable = ask is None or ask(self._stream.handle)
+        self._capturable = self._context.capturable(self._stream)
         if self._capturable:
             try:
                 self._graph = self._stream.capture(self._queue)
             except EngineError:
                 self._capturable = False
 
-    def _done(self, answer, verb):
-        """Return TensorRT's answer; EngineError with the first error that it logged if it is None or False."""
-        if answer is None or answer is False:
-            raise EngineError(f"graph {self._name} must {verb} in {self._backend} {self._trt.__version__}, got: "
-                              + (self._log.first or "no reason given"))
-        return answer
+
+def _done(graph, backend, log, answer, verb):
+    """Return TensorRT's answer; EngineError with the first error that it logged if it is None or False."""
+    if answer is None or answer is False:
+        raise EngineError(f"{graph} must {verb} in {backend}, got: " + (log.first or "no reason given"))
+    return answer
 
 
 def choose_profile(graph, profiles, shapes, rebuild):

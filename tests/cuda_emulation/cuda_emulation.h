@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "kernels/half.h"
@@ -42,7 +43,7 @@ struct Barrier {
 
 struct Block {
   std::vector<ucontext_t> fibers;
-  std::vector<std::vector<char>> stacks;
+  std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<bool> finished;
   std::vector<Barrier> warps;
   Barrier all;
@@ -56,6 +57,8 @@ struct Block {
   std::vector<const void*> pointer;
   std::vector<std::uint32_t> fragment;  // six words each: a, b
 };
+
+constexpr std::size_t kStackBytes = 64 * 1024;
 
 inline Block* block = nullptr;
 
@@ -84,7 +87,7 @@ inline void run_block(dim3 index, int threads, std::size_t shared_bytes, const s
   own.body = body;
   const auto count = static_cast<std::size_t>(threads);
   own.fibers.resize(count);
-  own.stacks.assign(count, std::vector<char>(64 * 1024));
+  own.stacks.resize(count);
   own.finished.assign(count, false);
   own.warps.resize((count + 31) / 32);
   own.shared.assign(shared_bytes + 16, 0xAB);  // uninitialised, as on the device
@@ -93,8 +96,9 @@ inline void run_block(dim3 index, int threads, std::size_t shared_bytes, const s
   own.fragment.resize(count * 6);
   for (std::size_t i = 0; i < count; ++i) {
     getcontext(&own.fibers[i]);
-    own.fibers[i].uc_stack.ss_sp = own.stacks[i].data();
-    own.fibers[i].uc_stack.ss_size = own.stacks[i].size();
+    own.stacks[i].reset(new char[kStackBytes]);  // not cleared: most of it is never touched
+    own.fibers[i].uc_stack.ss_sp = own.stacks[i].get();
+    own.fibers[i].uc_stack.ss_size = kStackBytes;
     own.fibers[i].uc_link = nullptr;
     makecontext(&own.fibers[i], reinterpret_cast<void (*)()>(enter), 0);
   }
@@ -141,6 +145,8 @@ inline float exchange_xor(float value, int mask) {
   sync_warp();
   return other;
 }
+
+inline void keep_smallest(std::int32_t* at, std::int32_t value) { *at = value < *at ? value : *at; }
 
 inline float to_float(float value) { return value; }
 inline float to_float(Half value) { return half_to_float(value.bits); }

@@ -13,6 +13,7 @@ typedef unsigned long long CUdeviceptr;
 typedef struct CUctx_st* CUcontext;
 typedef struct CUstream_st* CUstream;
 typedef struct CUgraph_st* CUgraph;
+typedef struct CUevent_st* CUevent;
 typedef struct CUgraphExec_st* CUgraphExec;
 #define cuDevicePrimaryCtxRelease cuDevicePrimaryCtxRelease_v2
 #define cuMemAlloc cuMemAlloc_v2
@@ -21,13 +22,14 @@ typedef struct CUgraphExec_st* CUgraphExec;
 #define cuMemcpyHtoDAsync cuMemcpyHtoDAsync_v2
 #define cuMemcpyDtoHAsync cuMemcpyDtoHAsync_v2
 #define cuStreamDestroy cuStreamDestroy_v2
+#define cuEventDestroy cuEventDestroy_v2
 #define cuStreamBeginCapture cuStreamBeginCapture_v2
 #endif
 
 enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719,
        CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
 enum { UPLOADS, DOWNLOADS, KERNELS, LAUNCHES, CAPTURES, ALLOCATIONS, SYNCHRONIZATIONS, LIVE, RETAINED, COUNTS };
-enum { UP, DOWN, KERNEL };
+enum { UP, DOWN, CLEAR, KERNEL };
 #define DEVICE_OFFSET (1ull << 46)
 #define MAPPED_OFFSET (1ull << 45)
 #define MANY 4096
@@ -35,7 +37,8 @@ enum { UP, DOWN, KERNEL };
 typedef struct { char* data; size_t size; int host; } Block;
 typedef struct { int kind; CUdeviceptr device; char* host; char* copy; size_t size; int (*kernel)(int); int id; } Work;
 typedef struct { Work* work; int count; } List;
-struct CUstream_st { List list; CUgraph capturing; int broken; };
+struct CUstream_st { List list; CUgraph capturing; int broken; long done; };    // done: how much of its work has run
+struct CUevent_st { CUstream stream; long mark; };                              // passed when its stream has done so much
 struct CUgraph_st { List list; };
 struct CUgraphExec_st { List list; };
 
@@ -90,22 +93,28 @@ static void clear(List* list) {
   free(list->work);
   *list = (List){0};
 }
-static int run(const List* list) {
-  for (int i = 0; i < list->count; ++i) {
-    const Work w = list->work[i];
-    if (w.kind == KERNEL) {
-      ++counts[KERNELS];
-      if (w.kernel(w.id)) return LAUNCH_FAILED;
-      continue;
-    }
-    char* device = fake_resolve(w.device, w.size);
-    char* host = w.copy ? w.copy : w.host;
-    if (!device || (!w.copy && !is_pinned(host, w.size))) return ILLEGAL_ADDRESS;
-    ++counts[w.kind == UP ? UPLOADS : DOWNLOADS];
-    if (w.kind == UP) memcpy(device, host, w.size);
-    else memcpy(host, device, w.size);
-  }
+static int run_one(Work w) {
+  if (w.kind == KERNEL) return ++counts[KERNELS], w.kernel(w.id) ? LAUNCH_FAILED : 0;
+  char* device = fake_resolve(w.device, w.size);
+  if (!device) return ILLEGAL_ADDRESS;
+  if (w.kind == CLEAR) return memset(device, 0, w.size), 0;
+  char* host = w.copy ? w.copy : w.host;
+  if (!w.copy && !is_pinned(host, w.size)) return ILLEGAL_ADDRESS;
+  ++counts[w.kind == UP ? UPLOADS : DOWNLOADS];
+  if (w.kind == UP) memcpy(device, host, w.size);
+  else memcpy(host, device, w.size);
   return 0;
+}
+// Run the first `count` of a stream's work, which are then gone from it.
+static int run(CUstream s, int count) {
+  int status = 0;
+  for (int i = 0; i < count; ++i) {
+    if (!status) status = run_one(s->list.work[i]);
+    free(s->list.work[i].copy);
+  }
+  s->list.count -= count, s->done += count;
+  if (count) memmove(s->list.work, s->list.work + count, s->list.count * sizeof(Work));
+  return status;
 }
 static int queue(CUstream s, Work w) {
   if (!fake_is_current()) return INVALID_CONTEXT;
@@ -194,6 +203,25 @@ CUresult cuMemcpyDtoHAsync(void* to, CUdeviceptr from, size_t size, CUstream s) 
   if (!is_pinned(to, size) || !fake_resolve(from, size)) return INVALID_VALUE;
   return queue(s, (Work){.kind = DOWN, .device = from, .host = to, .size = size});
 }
+CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t size, CUstream s) {
+  if (value || !fake_resolve(to, size)) return INVALID_VALUE;
+  return queue(s, (Work){.kind = CLEAR, .device = to, .size = size});
+}
+CUresult cuEventCreate(CUevent* event, unsigned int flags) {
+  if (!fake_is_current()) return INVALID_CONTEXT;
+  return *event = calloc(1, sizeof(**event)), ++counts[LIVE], flags != 2;
+}
+CUresult cuEventDestroy(CUevent event) { return free(event), --counts[LIVE], 0; }
+CUresult cuEventRecord(CUevent event, CUstream s) {
+  if (!is_stream(s) || s->capturing) return INVALID_VALUE;
+  return event->stream = s, event->mark = s->done + s->list.count, 0;
+}
+CUresult cuEventSynchronize(CUevent event) {
+  if (spoils_capture()) return CAPTURE_UNSUPPORTED;
+  if (!event->stream || event->mark <= event->stream->done) return 0;
+  if (!is_stream(event->stream)) return INVALID_VALUE;
+  return run(event->stream, event->mark - event->stream->done);
+}
 CUresult cuStreamCreate(CUstream* s, unsigned int flags) {
   if (!fake_is_current()) return INVALID_CONTEXT;
   for (int i = 0; i < MANY; ++i)
@@ -210,9 +238,7 @@ CUresult cuStreamSynchronize(CUstream s) {
   if (!is_stream(s)) return INVALID_VALUE;
   if (spoils_capture()) return CAPTURE_UNSUPPORTED;
   ++counts[SYNCHRONIZATIONS];
-  const int status = run(&s->list);
-  clear(&s->list);
-  return status;
+  return run(s, s->list.count);
 }
 CUresult cuStreamBeginCapture(CUstream s, CUstreamCaptureMode mode) {
   if (!is_stream(s) || s->capturing || mode != 1) return INVALID_VALUE;
