@@ -1,5 +1,5 @@
-// ONNX domain `pidiff`, version 1, on the CPU. No maths here: tensors in, the kernels' structs filled, threads lent by
-// ONNX Runtime.
+// ONNX domain `pidiff`, version 1, on the CPU and, in a build with CUDA kernels, for ONNX Runtime's CUDA provider. No
+// maths here: tensors in, the kernels' structs filled, threads or the stream lent by ONNX Runtime.
 //
 //   Attention(q [B,S,C], k [B,T,C], v [B,T,C]; num_heads) -> out [B,S,C]
 //   IdentityAttention(q [B,S,C], k [B,T,C], v [B,T,C], x [B,S,C], a [B,P,C,H*T'], v_id [B,P,T_id,C], mask [B,P,S],
@@ -13,6 +13,9 @@
 #include <vector>
 
 #include "kernels/attention.h"
+#ifdef PIDIFF_HAS_CUDA
+#include "kernels/attention_cuda.h"
+#endif
 
 namespace pidiff::ort {
 namespace {
@@ -91,7 +94,7 @@ void require_rank(const Tensor& tensor, const char* name, std::size_t rank) {
 struct Kernel {
   Api api;
   DType dtype;
-  Implementation implementation;
+  Implementation implementation;  // cuda: the tensors are device memory, and work is queued on the provider's stream
   std::int64_t num_heads = 0, has_null = 0, residual = 0;
 };
 
@@ -110,6 +113,22 @@ Parallel lent_threads(const Api& api, KernelContext* context) {
   lender = {api, context};
   return {Lender::run, &lender};
 }
+
+// Runs one primitive where the kernel's tensors are: `host` or `device` (of attention.h or attention_cuda.h).
+template <class Params, class Host, class Device>
+void run(const Kernel& kernel, KernelContext* context, const Params& params, const Host& host, const Device& device) {
+  if (kernel.implementation != Implementation::cuda)
+    return host(params, lent_threads(kernel.api, context), kernel.implementation);
+  void* stream = nullptr;
+  check(kernel.api.stream(context, &stream));
+  device(params, stream);
+}
+
+#ifndef PIDIFF_HAS_CUDA
+// No operator asks for these in a build without CUDA.
+void attention_cuda(const AttentionParams&, void*) {}
+void identity_mix_cuda(const IdentityMixParams&, void*) {}
+#endif
 
 AttentionParams text_attention(const Kernel& kernel, KernelContext* context) {
   const Tensor q = input(kernel.api, context, 0), k = input(kernel.api, context, 1), v = input(kernel.api, context, 2);
@@ -139,7 +158,7 @@ AttentionParams text_attention(const Kernel& kernel, KernelContext* context) {
 }
 
 void compute_attention(const Kernel& kernel, KernelContext* context) {
-  attention(text_attention(kernel, context), lent_threads(kernel.api, context), kernel.implementation);
+  run(kernel, context, text_attention(kernel, context), attention, attention_cuda);
 }
 
 void compute_identity_attention(const Kernel& kernel, KernelContext* context) {
@@ -172,21 +191,22 @@ void compute_identity_attention(const Kernel& kernel, KernelContext* context) {
   p.channels = channels;
   p.h_stride = p.y_stride = p.out_stride = {queries * channels, channels};
   p.dtype = kernel.dtype;
-  const Parallel threads = lent_threads(kernel.api, context);
-  attention(text, threads, kernel.implementation);
-  identity_mix(p, threads, kernel.implementation);
+  run(kernel, context, text, attention, attention_cuda);
+  run(kernel, context, p, identity_mix, identity_mix_cuda);
 }
 
 // One operator for one element type; all it depends on is a template argument, so that the C callbacks need no state.
 template <DType T>
 constexpr int element_type = T == DType::float32 ? kFloat : kFloat16;
 
-template <DType T, bool Identity, bool Low>
+template <DType T, bool Identity, Implementation Way>
 CustomOp make_op() {
   CustomOp op{};
   op.version = kApiVersion;
   op.get_name = [](const CustomOp*) { return Identity ? "IdentityAttention" : "Attention"; };
-  op.get_execution_provider_type = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
+  op.get_execution_provider_type = [](const CustomOp*) -> const char* { 
+    return Way == Implementation::cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+  };
   op.get_input_type = [](const CustomOp*, std::size_t) { return element_type<T>; };
   op.get_input_type_count = [](const CustomOp*) -> std::size_t { return Identity ? 8 : 3; };
   op.get_output_type = [](const CustomOp*, std::size_t) { return element_type<T>; };
@@ -202,7 +222,7 @@ CustomOp make_op() {
   op.create_kernel_v2 = [](const CustomOp*, Table table, const KernelInfo* info, void** out) -> Status* {
     const Api api{table};
     return guarded(api, [&] {
-      Kernel kernel{api, T, Low ? Implementation::low_precision : Implementation::automatic};
+      Kernel kernel{api, T, Way};
       check(api.attribute_int(info, "num_heads", &kernel.num_heads));
       if (Identity) {
         check(api.attribute_int(info, "has_null", &kernel.has_null));
@@ -222,18 +242,31 @@ CustomOp make_op() {
   return op;
 }
 
-template <bool Low>
-const CustomOp* const* ops_of() {
-  static const CustomOp ops[kOps] = {make_op<DType::float32, false, Low>(), make_op<DType::float16, false, Low>(),
-                                     make_op<DType::float32, true, Low>(), make_op<DType::float16, true, Low>()};
-  static const CustomOp* const pointers[kOps] = {&ops[0], &ops[1], &ops[2], &ops[3]};
-  return pointers;
+template <Implementation Way>
+void append(std::vector<CustomOp>& ops) {
+  ops.push_back(make_op<DType::float32, false, Way>());
+  ops.push_back(make_op<DType::float16, false, Way>());
+  ops.push_back(make_op<DType::float32, true, Way>());
+  ops.push_back(make_op<DType::float16, true, Way>());
+}
+
+template <Implementation Way>
+const std::vector<CustomOp>& ops_of() {
+  static const std::vector<CustomOp> ops = [] {
+    std::vector<CustomOp> made;
+    append<Way>(made);
+#ifdef PIDIFF_HAS_CUDA
+    append<Implementation::cuda>(made);
+#endif
+    return made;
+  }();
+  return ops;
 }
 
 }  // namespace
 
-const CustomOp* const* all_ops(bool low) {
-  return low ? ops_of<true>() : ops_of<false>();
+const std::vector<CustomOp>& all_ops(bool low) {
+  return low ? ops_of<Implementation::low_precision>() : ops_of<Implementation::automatic>();
 }
 
 }  // namespace pidiff::ort
