@@ -31,6 +31,8 @@ class OnnxRuntimeEngine:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
             raise EngineError(f"{Path(path).name} must load in ONNX Runtime {ort.__version__}, got: {_first_line(e)}") from e
+        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():  # it has only printed why
+            raise EngineError("device must be cpu where ONNX Runtime cannot load CUDA and cuDNN or finds no GPU, got 'cuda'")
         check_names(Path(path), spec, [v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())])
         self._binding = self._session.io_binding()
 
@@ -87,6 +89,8 @@ def _providers(ort, device):
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise EngineError("device must be cpu with this ONNX Runtime, got 'cuda': it needs onnxruntime-gpu, "
                           "and this one has only " + ", ".join(ort.get_available_providers()))
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds the CUDA and cuDNN libraries of pip packages, which are on no search path
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
