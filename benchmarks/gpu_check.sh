@@ -48,7 +48,7 @@ cp -r "$root/pidiff" "$site/"
 rm -f "$site"/pidiff/_C.*.so  # of another build, where there is one
 mkdir -p "$site/pidiff/lib" "$site/pidiff/models"
 cp -r "$root/runtime" "$root/export" "$site/pidiff/"
-cp -r "$root/models/mini" "$site/pidiff/models/"
+[ ! -d "$root/models/mini" ] || cp -r "$root/models/mini" "$site/pidiff/models/"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 cd "$work"  # where no folder hides the package
 
@@ -100,7 +100,7 @@ runtime_lacks="$(missing onnxruntime cv2 tokenizers safetensors tqdm)"
 export_lacks="$(missing torch diffusers transformers onnx onnxscript)"
 exporting=
 if [ -n "$built" ]; then
-  if [ -z "$export_lacks$runtime_lacks" ]; then
+  if [ -z "$export_lacks$runtime_lacks" ] && [ -d "$site/pidiff/models/mini" ]; then
     within 120 "$python" -m pidiff.export mini "$work/mini-standard" --attention standard --report none --quiet > "$work/export.log" 2>&1 &
     exporting=$!
   fi
@@ -152,8 +152,8 @@ picture() {  # bundle, engine, name of the section
   [ "$status" -eq 0 ] || { fail "$3"; tail -5 "$work/engine.log"; }
 }
 
-if [ -n "$runtime_lacks" ] || [ -z "$built" ]; then
-  skip "engines: the runtime needs $runtime_lacks, and to be built"
+if [ -n "$runtime_lacks" ] || [ -z "$built" ] || [ ! -d "$site/pidiff/models/mini" ]; then
+  skip "onnxruntime on CUDA: needs a build, models/mini, $runtime_lacks"
 elif "$python" -c 'import sys, onnxruntime as o; sys.exit("CUDAExecutionProvider" not in o.get_available_providers())'; then
   picture "$site/pidiff/models/mini" onnxruntime "onnxruntime on CUDA, fused attention"
   if [ -f "$work/mini-standard/manifest.json" ]; then
