@@ -4,7 +4,7 @@
 
 Per layer and dtype: checks against float64 first, then times. `ours` is attention + identity_mix in place; `torch` is
 scaled_dot_product_attention over the text, the identity query projection, scaled_dot_product_attention over the
-identity keys (null key included), and the masked add. Called by gpu_check.sh; not run on a GPU yet.
+identity keys (null key included), and the masked add. Called by gpu_check.sh.
 """
 
 from __future__ import annotations
@@ -16,19 +16,30 @@ BATCH, TOKENS, PEOPLE, HEADS = 2, 4, 1, 8
 LAYERS = [(4096, 320), (1024, 640), (256, 1280), (64, 1280)]  # positions, channels
 
 
-def milliseconds(torch, function, repeats: int = 50) -> float:
-    """Median over repeats, by CUDA events."""
-    for _ in range(5):
-        function()
+CALLS, REPEATS = 10, 30
+
+
+def milliseconds(torch, function) -> float:
+    """Of one call: median over replays of a CUDA graph with CALLS of them, so that launching from Python is not timed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            function()
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        function()
+        graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[repeats // 2]
+        times.append(start.elapsed_time(end) / CALLS)
+    return sorted(times[3:])[REPEATS // 2]
 
 
 class Layer:
@@ -43,6 +54,7 @@ class Layer:
         self.w_q = new(channels, channels) / channels**0.5
         self.k_id = new(BATCH, PEOPLE, TOKENS + 1, channels)
         self.v_id = new(BATCH, PEOPLE, TOKENS, channels)
+        self.v_with_null = torch.nn.functional.pad(self.v_id[:, 0], (0, 0, 0, 1))
         self.mask, self.scale = new(BATCH, PEOPLE, queries).abs().clamp(0, 1), new(BATCH)
         keys_by_head = self.k_id.double().unflatten(-1, (HEADS, -1))
         weights = self.w_q.double().unflatten(0, (HEADS, -1))
@@ -70,7 +82,7 @@ class Layer:
             raise SystemExit("device_identity_mix failed")
         return self.out
 
-    def theirs(self, q=None, convert=lambda t: t):
+    def theirs(self, convert=lambda t: t):
         """The unfolded form; `convert` widens every input for the reference."""
         torch = self.torch
         split = lambda t: convert(t).unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
@@ -78,14 +90,25 @@ class Layer:
         attend = torch.nn.functional.scaled_dot_product_attention
         h = merge(attend(split(self.q), split(self.k), split(self.v)))
         q_id = (convert(self.x) @ convert(self.w_q).T).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        v_id = torch.nn.functional.pad(self.v_id[:, 0], (0, 0, 0, 1))
-        identity = merge(attend(q_id, split(self.k_id[:, 0]), split(v_id)))
+        identity = merge(attend(q_id, split(self.k_id[:, 0]), split(self.v_with_null)))
         return h + convert(self.scale)[:, None, None] * convert(self.mask)[:, 0, :, None] * identity
 
-    def self_attention(self) -> tuple:
-        split = lambda t: t.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
-        attend = self.torch.nn.functional.scaled_dot_product_attention
-        return (lambda: self.attention(self.x, self.x)), (lambda: attend(split(self.q), split(self.x), split(self.x)))
+    def own(self):
+        self.attention(self.x, self.x)
+        return self.out
+
+    def their_own(self, convert=lambda t: t):
+        split = lambda t: convert(t).unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
+        found = self.torch.nn.functional.scaled_dot_product_attention(split(self.q), split(self.x), split(self.x))
+        return found.transpose(1, 2).flatten(-2)
+
+
+def measure(torch, layer: Layer, ours, theirs) -> tuple[float, float, float, float]:
+    """(our error, PyTorch's, our milliseconds, PyTorch's); errors are the largest against float64."""
+    exact = theirs(convert=lambda t: t.double())
+    layer.out.fill_(float("nan"))
+    errors = [(f().double() - exact).abs().max().item() for f in (ours, theirs)]
+    return (*errors, *(milliseconds(torch, f) for f in (ours, theirs)))
 
 
 def main() -> int:
@@ -97,21 +120,22 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("PyTorch has no CUDA: nothing to compare with")
         return 0
-    library = ctypes.CDLL(sys.argv[1])
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {BATCH}, median of 50, milliseconds")
-    print("dtype      S     C   d | cross ours  torch | self ours  torch | error ours  torch (max, against float64)")
+    library, wrong = ctypes.CDLL(sys.argv[1]), []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {BATCH}, milliseconds of one layer, median of {REPEATS} "
+          f"replays of {CALLS} calls; cross: 77 text keys and {TOKENS} tokens of {PEOPLE} person, self: S keys")  # fmt: skip
+    print("| dtype | S | C | d | attention | ours | torch | torch / ours | ours, TFLOP/s | error, ours | error, torch |\n" + "|---" * 11 + "|")
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for queries, channels in LAYERS:
             layer = Layer(torch, library, queries, 77, channels, dtype)
-            exact = layer.theirs(convert=lambda t: t.double())
-            error, their_error = ((r().double() - exact).abs().max().item() for r in (layer.ours, layer.theirs))
-            if not error <= 4 * their_error + 1e-5:
-                raise SystemExit(f"wrong result at S {queries}, C {channels}, {dtype}: error {error}")
-            cross = [milliseconds(torch, f) for f in (layer.ours, layer.theirs)]
-            own = [milliseconds(torch, f) for f in layer.self_attention()]
-            print(f"{str(dtype)[6:]:9}{queries:5}{channels:6}{channels // HEADS:4} |{cross[0]:11.4f}{cross[1]:7.4f} |"
-                  f"{own[0]:10.4f}{own[1]:7.4f} |{error:11.2e}{their_error:9.1e}")  # fmt: skip
-    return 0
+            for name, keys, ours, theirs in (("cross", 77, layer.ours, layer.theirs), ("self", queries, layer.own, layer.their_own)):
+                error, their_error, time, their_time = measure(torch, layer, ours, theirs)
+                work = 4e-9 * BATCH * queries * keys * channels / time
+                print(f"| {str(dtype)[6:]} | {queries} | {channels} | {channels // HEADS} | {name} | {time:.4f} | {their_time:.4f} | "
+                      f"{their_time / time:.2f} | {work:.0f} | {error:.1e} | {their_error:.1e} |", flush=True)  # fmt: skip
+                if not error <= 4 * their_error + 1e-5:
+                    wrong.append(f"{name} at S {queries}, C {channels}, {str(dtype)[6:]}: error {error:.1e}")
+    print(*(f"WRONG {w}" for w in wrong), sep="\n")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -35,15 +35,17 @@ class OnnxRuntimeEngine:
         self._ort, self._spec, self._device = ort, spec, device
         self._bound, self._device_values = {}, {}
         self.device, self.stream = None, None
-        providers, options = _providers(ort, device), _options(ort, threads, fused, precision)
+        providers, options = _providers(ort, device, precision), _options(ort, threads, fused, precision)
         if device == "cuda":
             self.stream = shared_stream()
             self.device = self.stream.device
-            providers[0] = (providers[0], {"user_compute_stream": str(self.stream.handle)})
+            providers[0][1]["user_compute_stream"] = str(self.stream.handle)
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
             raise EngineError(f"{Path(path).name} must load in ONNX Runtime {ort.__version__}, got: {_first_line(e)}") from e
+        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():  # it has only printed why
+            raise EngineError("device must be cpu where ONNX Runtime cannot load CUDA and cuDNN or finds no GPU, got 'cuda'")
         check_names(Path(path), spec, [v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())])
         self._binding = self._session.io_binding()
 
@@ -122,7 +124,7 @@ def _options(ort, threads, fused, precision):
     return options
 
 
-def _providers(ort, device):
+def _providers(ort, device, precision):
     if device == "cpu":
         return ["CPUExecutionProvider"]
     if device != "cuda":
@@ -130,7 +132,10 @@ def _providers(ort, device):
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise EngineError("device must be cpu with this ONNX Runtime, got 'cuda': it needs onnxruntime-gpu, "
                           "and this one has only " + ", ".join(ort.get_available_providers()))
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds the CUDA and cuDNN libraries of pip packages, which are on no search path
+    # By itself it computes float32 layers in TF32, which has 10 bits.
+    return [("CUDAExecutionProvider", {"use_tf32": str(int(precision == "auto"))}), "CPUExecutionProvider"]
 
 
 def _first_line(error):

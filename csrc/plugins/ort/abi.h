@@ -1,4 +1,4 @@
-// The slice of ONNX Runtime's C ABI that a CPU custom operator needs, declared by slot.
+// The slice of ONNX Runtime's C ABI that our custom operators need, declared by slot.
 //
 // `OrtApi` is a table of function pointers to which releases only ever append, so an entry's position is its contract;
 // asking the runtime for table version kApiVersion gives every entry used here. Declaring these few entries ourselves
@@ -50,6 +50,7 @@ enum MemoryType : int { kDefaultMemory = 0 };
     (KernelContext * context, std::size_t index, const std::int64_t* dims, std::size_t count, Value** out))        \
   X(ReleaseStatus, release_status, 93, void, (Status * status))                                                    \
   X(ReleaseTensorTypeAndShapeInfo, release_info, 99, void, (TensorInfo * info))                                    \
+  X(KernelContext_GetGPUComputeStream, stream, 193, Status*, (const KernelContext* context, void** out))           \
   X(HasSessionConfigEntry, has_config, 237, Status*, (const SessionOptions* options, const char* key, int* out))    \
   X(GetSessionConfigEntry, get_config, 238, Status*,                                                               \
     (const SessionOptions* options, const char* key, char* value, std::size_t* size))                              \

@@ -26,9 +26,8 @@ Status* may_round(const Api& api, const SessionOptions* options, bool* low) {
 Status* make_domain(const Api& api, bool low, Domain** out) {
   Domain* fresh = nullptr;
   if (Status* status = api.create_domain("pidiff", &fresh)) return status;
-  const CustomOp* const* ops = all_ops(low);
-  for (std::size_t i = 0; i < kOps; ++i)
-    if (Status* status = api.domain_add(fresh, ops[i])) return status;
+  for (const CustomOp& op : all_ops(low))
+    if (Status* status = api.domain_add(fresh, &op)) return status;
   *out = fresh;
   return nullptr;
 }

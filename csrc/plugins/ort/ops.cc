@@ -1,5 +1,5 @@
-// The nodes of plugins/nodes.h on the CPU. No maths here: tensors in, the kernels' structs filled, threads lent by ONNX
-// Runtime.
+// The nodes of plugins/nodes.h on the CPU and, in a build with CUDA kernels, for ONNX Runtime's CUDA provider. No maths here:
+// tensors in, the kernels' structs filled, threads or the stream lent by ONNX Runtime.
 #include "plugins/ort/ops.h"
 
 #include <array>
@@ -8,6 +8,9 @@
 #include <string>
 
 #include "plugins/nodes.h"
+#ifdef PIDIFF_HAS_CUDA
+#include "kernels/attention_cuda.h"
+#endif
 
 namespace pidiff::ort {
 namespace {
@@ -66,7 +69,7 @@ void* output(const Api& api, KernelContext* context, std::size_t index, const Sh
 struct Kernel {
   Api api;
   DType dtype;
-  Implementation implementation;
+  Implementation implementation;  // cuda: the tensors are device memory, and work is queued on the provider's stream
   nodes::Attributes attributes;
 };
 
@@ -93,6 +96,22 @@ std::array<Tensor, Count> inputs_of(const Kernel& kernel, KernelContext* context
   return inputs;
 }
 
+// Runs one primitive where the kernel's tensors are: `host` or `device` (of attention.h or attention_cuda.h).
+template <class Params, class Host, class Device>
+void run(const Kernel& kernel, KernelContext* context, const Params& params, const Host& host, const Device& device) {
+  if (kernel.implementation != Implementation::cuda)
+    return host(params, lent_threads(kernel.api, context), kernel.implementation);
+  void* stream = nullptr;
+  check(kernel.api.stream(context, &stream));
+  device(params, stream);
+}
+
+#ifndef PIDIFF_HAS_CUDA
+// No operator asks for these in a build without CUDA.
+void attention_cuda(const AttentionParams&, void*) {}
+void identity_mix_cuda(const IdentityMixParams&, void*) {}
+#endif
+
 AttentionParams text_attention(const Kernel& kernel, KernelContext* context, const Tensor* inputs) {
   AttentionParams p = nodes::attention_params(inputs, kernel.attributes, kernel.dtype);
   p.out = output(kernel.api, context, 0, {p.batch, p.queries, p.heads * p.head_dim});
@@ -101,7 +120,7 @@ AttentionParams text_attention(const Kernel& kernel, KernelContext* context, con
 
 void compute_attention(const Kernel& kernel, KernelContext* context) {
   const auto inputs = inputs_of<nodes::kAttentionInputs>(kernel, context);
-  attention(text_attention(kernel, context, inputs.data()), lent_threads(kernel.api, context), kernel.implementation);
+  run(kernel, context, text_attention(kernel, context, inputs.data()), attention, attention_cuda);
 }
 
 void compute_identity_attention(const Kernel& kernel, KernelContext* context) {
@@ -109,21 +128,22 @@ void compute_identity_attention(const Kernel& kernel, KernelContext* context) {
   const AttentionParams text = text_attention(kernel, context, inputs.data());
   IdentityMixParams p = nodes::identity_params(inputs.data(), kernel.attributes, text);
   p.id_mass = output(kernel.api, context, 1, {p.batch, p.people, p.queries});
-  const Parallel threads = lent_threads(kernel.api, context);
-  attention(text, threads, kernel.implementation);
-  identity_mix(p, threads, kernel.implementation);
+  run(kernel, context, text, attention, attention_cuda);
+  run(kernel, context, p, identity_mix, identity_mix_cuda);
 }
 
 // One operator for one element type; all it depends on is a template argument, so that the C callbacks need no state.
 template <DType T>
 constexpr int element_type = T == DType::float32 ? kFloat : kFloat16;
 
-template <DType T, bool Identity, bool Low>
+template <DType T, bool Identity, Implementation Way>
 CustomOp make_op() {
   CustomOp op{};
   op.version = kApiVersion;
   op.get_name = [](const CustomOp*) { return Identity ? "IdentityAttention" : "Attention"; };
-  op.get_execution_provider_type = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
+  op.get_execution_provider_type = [](const CustomOp*) -> const char* { 
+    return Way == Implementation::cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+  };
   op.get_input_type = [](const CustomOp*, std::size_t) { return element_type<T>; };
   op.get_input_type_count = [](const CustomOp*) { return Identity ? nodes::kIdentityInputs : nodes::kAttentionInputs; };
   op.get_output_type = [](const CustomOp*, std::size_t) { return element_type<T>; };
@@ -139,7 +159,7 @@ CustomOp make_op() {
   op.create_kernel_v2 = [](const CustomOp*, Table table, const KernelInfo* info, void** out) -> Status* {
     const Api api{table};
     return guarded(api, [&] {
-      Kernel kernel{api, T, Low ? Implementation::low_precision : Implementation::automatic, {}};
+      Kernel kernel{api, T, Way, {}};
       check(api.attribute_int(info, "num_heads", &kernel.attributes.num_heads));
       if (Identity) {
         check(api.attribute_int(info, "has_null", &kernel.attributes.has_null));
@@ -159,18 +179,31 @@ CustomOp make_op() {
   return op;
 }
 
-template <bool Low>
-const CustomOp* const* ops_of() {
-  static const CustomOp ops[kOps] = {make_op<DType::float32, false, Low>(), make_op<DType::float16, false, Low>(),
-                                     make_op<DType::float32, true, Low>(), make_op<DType::float16, true, Low>()};
-  static const CustomOp* const pointers[kOps] = {&ops[0], &ops[1], &ops[2], &ops[3]};
-  return pointers;
+template <Implementation Way>
+void append(std::vector<CustomOp>& ops) {
+  ops.push_back(make_op<DType::float32, false, Way>());
+  ops.push_back(make_op<DType::float16, false, Way>());
+  ops.push_back(make_op<DType::float32, true, Way>());
+  ops.push_back(make_op<DType::float16, true, Way>());
+}
+
+template <Implementation Way>
+const std::vector<CustomOp>& ops_of() {
+  static const std::vector<CustomOp> ops = [] {
+    std::vector<CustomOp> made;
+    append<Way>(made);
+#ifdef PIDIFF_HAS_CUDA
+    append<Implementation::cuda>(made);
+#endif
+    return made;
+  }();
+  return ops;
 }
 
 }  // namespace
 
-const CustomOp* const* all_ops(bool low) {
-  return low ? ops_of<true>() : ops_of<false>();
+const std::vector<CustomOp>& all_ops(bool low) {
+  return low ? ops_of<Implementation::low_precision>() : ops_of<Implementation::automatic>();
 }
 
 }  // namespace pidiff::ort
