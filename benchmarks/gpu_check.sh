@@ -111,7 +111,7 @@ if [ -n "$built" ]; then
   else
     spread=()
     [ -n "$(missing xdist)" ] || spread=(-n 4)
-    within 240 "$python" -m pytest "$root/tests/test_cuda.py" -q -p no:cacheprovider -o addopts= -m cuda "${spread[@]}" --rootdir "$root/tests" ||
+    within 240 "$python" -m pytest "$root"/tests/test_cuda.py "$root"/tests/test_cuda_loop.py -q -p no:cacheprovider -o addopts= -m cuda "${spread[@]}" --rootdir "$root/tests" ||
       fail "tests marked cuda"
   fi
 fi

@@ -187,7 +187,7 @@ class FakeCudaOrt:
             self._work.append((session, dict(binding.inputs), dict(binding.outputs)))
             assert self._driver.library.fake_kernel(stream, self._callback, len(self._work) - 1) == 0
 
-        return types.SimpleNamespace(get_inputs=session.get_inputs, get_outputs=session.get_outputs, io_binding=FakeBinding,
+        return types.SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"], get_inputs=session.get_inputs, get_outputs=session.get_outputs, io_binding=FakeBinding,
                                      run_with_iobinding=run)
 
     def _run(self, number):

@@ -94,6 +94,9 @@ class IrNetwork(nn.Module):
             raise ValueError(f"{Path(xml).name} must have a layer {last}, got a version without it")
         self._plan, self._shapes = [], {}                            # steps in order; constants that only shapes depend on
         self._collect(ends[0], layers, sources, weights)
+        last_use = {source: step for step, (_, _, inputs, _, _) in enumerate(self._plan) for source in inputs}
+        self._done_with = [[source for source in set(inputs) if last_use[source] == step]      # a picture's features take 30 MB a layer
+                           for step, (_, _, inputs, _, _) in enumerate(self._plan)]
 
     def _collect(self, end: str, layers: dict, sources: dict, weights: np.ndarray) -> None:
         """Plan the steps that lead to a layer, each after what it reads."""
@@ -133,7 +136,7 @@ class IrNetwork(nn.Module):
         for name, buffer in self.named_buffers():
             layer, port = name.split("_")[1:]
             known[layer, int(port)] = buffer
-        for kind, name, inputs, outputs, data in self._plan:
+        for (kind, name, inputs, outputs, data), done_with in zip(self._plan, self._done_with):
             if kind == "Parameter":
                 result = rows
             elif kind == "Result":
@@ -142,4 +145,6 @@ class IrNetwork(nn.Module):
                 result = OPERATIONS[kind](*(known[i] for i in inputs), data=data)
             for port, value in zip(outputs, result if isinstance(result, tuple) else (result,)):
                 known[name, port] = value
+            for source in done_with:
+                del known[source]
         return result
