@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_graphs.py OUT [--small] [--forms fused standard standard-23]
 
-Writes OUT/unet/diffusion_pytorch_model.safetensors (1.7 GB) and OUT/unet-FORM.onnx, which point into it. The same weights come
-out on every machine, so the graphs alone (1 MB) can be taken to another one and the weights made there: gpu_step.py does. FORM is
-an attention form of the exporter, with its opset where that is not 18. --small: a UNet for a rehearsal on a processor.
+Writes OUT/unet/diffusion_pytorch_model.safetensors (1.7 GB), OUT/unet-FORM.onnx, which point into it, and OUT/inputs.npz. The
+same weights come out on every machine, so the graphs alone (1 MB) can be taken to another one and the weights made there:
+gpu_step.py does. FORM is an attention form of the exporter, with its opset where that is not 18; no FORM: the weights alone.
+--small: a UNet for a rehearsal on a processor.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from make_sd15_random import UNET, random_state
 
@@ -25,6 +27,7 @@ from pidiff.identity import IdentityAdapter
 from pidiff.unet import cross_attention_layers
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+BATCH, PEOPLE, TOKENS = 2, 1, 77     # of the inputs
 ADAPTER = AdapterConfig(mode="residual")
 SMALL = {**UNET, "block_out_channels": (32, 64, 64, 64), "attention_head_dim": 2, "cross_attention_dim": 64, "norm_num_groups": 8}
 
@@ -40,6 +43,21 @@ def make_unet(small: bool = False):
 def write_weights(root: Path, small: bool = False) -> None:
     unet = make_unet(small)
     write_safetensors(root / WEIGHTS, random_state(unet, torch.Generator().manual_seed(0)), torch.float16, "unet")
+
+
+def side_of(small: bool) -> int:
+    """Of the latents."""
+    return 16 if small else 64
+
+
+def write_inputs(root: Path, small: bool = False) -> None:
+    """Random inputs of a step in ROOT/inputs.npz, in the graph's order."""
+    (time_row, text_kv, id_fold), side = widths(make_unet(small)), side_of(small)
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=generator).half().numpy()  # noqa: E731
+    np.savez(root / "inputs.npz", latents=draw(BATCH, 4, side, side), time_row=draw(1, time_row), text_kv=draw(BATCH, TOKENS, text_kv),
+             id_fold=draw(BATCH, PEOPLE, id_fold) * np.float16(0.3), id_mask=np.ones((BATCH, PEOPLE, side, side), np.float16),
+             id_scale=np.array([0, 1], np.float16))  # fmt: skip
 
 
 def load_unet(root: Path, small: bool = False, device: str = "cpu"):
@@ -73,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--forms", nargs="*", default=["fused", "standard", "standard-23"])
     args = parser.parse_args(argv)
     write_weights(args.out, args.small)
+    write_inputs(args.out, args.small)
     unet = load_unet(args.out, args.small) if args.forms else None
     for form in args.forms:
         print(write_form(args.out, unet, form), flush=True)

@@ -91,7 +91,7 @@ def table(rows: list[dict], failed: dict[str, str]) -> str:
     lines = ["| way | step ms | range | GPU ms | host ms | against diffusers eager | error |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         ratio = f"{base / r['step']:.2f} x" if base else ""
-        cells = [r["way"], r["step"], "-".join(map(str, r["range"])), r.get("gpu", ""), r["host"], ratio, f"{r['error']:.1e}" if "error" in r else ""]
+        cells = [r["way"], r["step"], "-".join(map(str, r["range"])), r.get("gpu", ""), r["host"], ratio, f"{r['error']:.1e}" if r.get("error") is not None else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     notes = [f"{r['way']}: no CUDA graph: {r['no_graph']}" for r in rows if r.get("no_graph")]
     return "\n".join(lines + notes + [f"FAILED {way}: {why}" for way, why in failed.items()])
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args(argv)
     end, root = time.monotonic() + args.seconds, args.root
-    for name in ("prepared", "inputs.npz", "expected.npz", "ready"):
+    for name in ("prepared", "expected.npy", "ready"):
         (root / name).unlink(missing_ok=True)
     job = root / "job.json"
     job.write_text(json.dumps({"root": str(root.absolute()), "device": "cpu" if args.cpu else "cuda", "small": args.cpu, "library": args.library,
