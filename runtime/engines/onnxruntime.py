@@ -39,7 +39,8 @@ class OnnxRuntimeEngine:
         if device == "cuda":
             self.stream = shared_stream()
             self.device = self.stream.device
-            providers[0] = (providers[0], {"user_compute_stream": str(self.stream.handle)})
+            providers[0] = (providers[0], {"user_compute_stream": str(self.stream.handle),
+                                           "use_tf32": "0" if precision == "full" else "1"})
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
