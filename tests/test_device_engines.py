@@ -188,7 +188,7 @@ class FakeCudaOrt:
             assert self._driver.library.fake_kernel(stream, self._callback, len(self._work) - 1) == 0
 
         return types.SimpleNamespace(get_inputs=session.get_inputs, get_outputs=session.get_outputs, io_binding=FakeBinding,
-                                     run_with_iobinding=run)
+                                     run_with_iobinding=run, get_providers=self.get_available_providers)
 
     def _run(self, number):
         session, inputs, outputs = self._work[number]

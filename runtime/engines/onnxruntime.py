@@ -26,7 +26,7 @@ class OnnxRuntimeEngine:
     On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs.
     """
 
-    loop = None
+    device = stream = loop = None
 
     def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
         import onnxruntime as ort
@@ -34,19 +34,23 @@ class OnnxRuntimeEngine:
         ort.disable_telemetry_events()
         self._ort, self._spec, self._device = ort, spec, device
         self._bound, self._device_values = {}, {}
-        self.device, self.stream = None, None
-        providers, options = _providers(ort, device), _options(ort, threads, fused, precision)
-        if device == "cuda":
-            self.stream = shared_stream()
-            self.device = self.stream.device
-            providers[0] = (providers[0], {"user_compute_stream": str(self.stream.handle),
-                                           "use_tf32": "0" if precision == "full" else "1"})
+        providers, options = _providers(ort, device, precision), _options(ort, threads, fused, precision)
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            self._session = ort.InferenceSession(str(path), options, providers=self._on_our_stream(providers))
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
             raise EngineError(f"{Path(path).name} must load in ONNX Runtime {ort.__version__}, got: {_first_line(e)}") from e
+        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():  # it has only printed why
+            raise EngineError("device must be cpu where ONNX Runtime cannot load CUDA and cuDNN or finds no GPU, got 'cuda'")
         check_names(Path(path), spec, [v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())])
         self._binding = self._session.io_binding()
+
+    def _on_our_stream(self, providers):
+        """Return the providers with the stream that the CUDA provider shall work in."""
+        if self._device == "cuda":
+            self.stream = shared_stream()
+            self.device = self.stream.device
+            providers[0][1]["user_compute_stream"] = str(self.stream.handle)
+        return providers
 
     def inputs(self):
         return self._spec.inputs
@@ -123,7 +127,7 @@ def _options(ort, threads, fused, precision):
     return options
 
 
-def _providers(ort, device):
+def _providers(ort, device, precision):
     if device == "cpu":
         return ["CPUExecutionProvider"]
     if device != "cuda":
@@ -131,7 +135,10 @@ def _providers(ort, device):
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise EngineError("device must be cpu with this ONNX Runtime, got 'cuda': it needs onnxruntime-gpu, "
                           "and this one has only " + ", ".join(ort.get_available_providers()))
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # finds the CUDA and cuDNN libraries of pip packages, which are on no search path
+    # By itself it computes float32 layers in TF32, which has 10 bits.
+    return [("CUDAExecutionProvider", {"use_tf32": str(int(precision == "auto"))}), "CPUExecutionProvider"]
 
 
 def _first_line(error):
