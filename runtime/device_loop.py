@@ -5,6 +5,7 @@ and the solver step. Both kernels read what changes from step to step from table
 advance, so that one graph serves every step. The arithmetic is that of the loop on the processor (denoise.py), bit for bit.
 """
 
+import contextlib
 import weakref
 
 import numpy as np
@@ -51,27 +52,38 @@ class DeviceDenoiser:
         """See Denoiser.run. Only `on_step` makes the latents come to the processor, and the device wait, after every step."""
         from pidiff import _C
 
-        plan, conditions, memory = self._plan, self._conditions, self._memory
-        mapped = [conditions.active(i) and call[0] is self._engine for i, call in enumerate(self._calls)]
-        self._begin(latents, _C.step_table(plan.schedule, guidance_scale, conditions.guided_steps, mapped))
-        for step, call in enumerate(self._calls):
-            memory.events[step % AHEAD].wait()
-            self._check()
-            if plan.schedule.needs_noise:
-                self._upload_noise(_C.randn(seeds, latents.shape[1:], step + 1), step % AHEAD)
-            self._queue_step(self._key(*call))
-            memory.events[step % AHEAD].record(self._stream)
-            if on_step is not None:
-                self._show(latents, step, on_step)
+        mapped = [self._conditions.active(i) and engine is self._engine for i, (engine, _) in enumerate(self._calls)]
+        self._begin(latents, _C.step_table(self._plan.schedule, guidance_scale, self._conditions.guided_steps, mapped))
         maps = sum(mapped) if "identity_map" in self._specs else 0
-        self._download("loop.latents", *(["loop.identity_sum"] if maps else []))
+        try:
+            self._steps(latents, seeds, on_step)
+            self._download("loop.latents", *(["loop.identity_sum"] if maps else []))
+        except BaseException:
+            with contextlib.suppress(EngineError):
+                self._stream.synchronize()      # steps still queued use scratch memory that others share
+            raise
         self._check()
-        latents[...] = memory.host["loop.latents"]
+        latents[...] = self._memory.host["loop.latents"]
         if not maps:
             return None
-        average = memory.host["loop.identity_sum"] / maps
+        average = self._memory.host["loop.identity_sum"] / maps
         require(np.isfinite(average).all(), "identity_map", "be finite", "NaN or infinity")
         return average
+
+    def _steps(self, latents, seeds, on_step):
+        """Queue all steps, each as soon as the one before the last is done."""
+        from pidiff import _C
+
+        for step, call in enumerate(self._calls):
+            event = self._memory.events[step % AHEAD]
+            event.wait()
+            self._check()
+            if self._plan.schedule.needs_noise:
+                self._upload_noise(_C.randn(seeds, latents.shape[1:], step + 1), step % AHEAD)
+            self._queue_step(self._key(*call))
+            event.record(self._stream)
+            if on_step is not None:
+                self._show(latents, step, on_step)
 
     def _layout(self, shapes):
         """Return the Layout of all buffers, and how many bytes at its start begin as zeros."""

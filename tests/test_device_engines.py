@@ -187,8 +187,8 @@ class FakeCudaOrt:
             self._work.append((session, dict(binding.inputs), dict(binding.outputs)))
             assert self._driver.library.fake_kernel(stream, self._callback, len(self._work) - 1) == 0
 
-        return types.SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"], get_inputs=session.get_inputs, get_outputs=session.get_outputs, io_binding=FakeBinding,
-                                     run_with_iobinding=run)
+        return types.SimpleNamespace(get_inputs=session.get_inputs, get_outputs=session.get_outputs, io_binding=FakeBinding,
+                                     run_with_iobinding=run, get_providers=self.get_available_providers)
 
     def _run(self, number):
         session, inputs, outputs = self._work[number]

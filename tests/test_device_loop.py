@@ -115,7 +115,7 @@ def test_cancelling_between_steps(device):
     assert len(whole) == 7 and np.array_equal(whole[2], seen[2]), "and it can be run again"
 
 
-def test_numbers_that_are_not_finite_name_the_first_step(device):
+def test_numbers_that_are_not_finite_name_the_first_step(device, driver):
     """... and soon: few more steps are queued."""
     engines, plan, loop = resident_loop(device)
     plan.time_table[2] = np.nan
@@ -124,6 +124,7 @@ def test_numbers_that_are_not_finite_name_the_first_step(device):
     with pytest.raises(PidiffError, match="^latents must stay finite, got NaN or infinity at step 2: the model's weights or"):
         denoise(loop, plan, 2, 3.0)
     assert engines[0].queued - before <= 5
+    assert "kernels" not in difference(driver, engines[0].stream.synchronize), "nothing is left in the stream"
     seen = []
     with pytest.raises(PidiffError, match="at step 2: "):
         denoise(loop, plan, 2, 3.0, lambda step, *_: seen.append(step) and None)

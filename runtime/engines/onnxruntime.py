@@ -26,7 +26,7 @@ class OnnxRuntimeEngine:
     On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs.
     """
 
-    loop = None
+    device = stream = loop = None
 
     def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
         import onnxruntime as ort
@@ -34,20 +34,23 @@ class OnnxRuntimeEngine:
         ort.disable_telemetry_events()
         self._ort, self._spec, self._device = ort, spec, device
         self._bound, self._device_values = {}, {}
-        self.device, self.stream = None, None
         providers, options = _providers(ort, device, precision), _options(ort, threads, fused, precision)
-        if device == "cuda":
-            self.stream = shared_stream()
-            self.device = self.stream.device
-            providers[0][1]["user_compute_stream"] = str(self.stream.handle)
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            self._session = ort.InferenceSession(str(path), options, providers=self._on_our_stream(providers))
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
             raise EngineError(f"{Path(path).name} must load in ONNX Runtime {ort.__version__}, got: {_first_line(e)}") from e
         if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():  # it has only printed why
             raise EngineError("device must be cpu where ONNX Runtime cannot load CUDA and cuDNN or finds no GPU, got 'cuda'")
         check_names(Path(path), spec, [v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())])
         self._binding = self._session.io_binding()
+
+    def _on_our_stream(self, providers):
+        """Return the providers with the stream that the CUDA provider shall work in."""
+        if self._device == "cuda":
+            self.stream = shared_stream()
+            self.device = self.stream.device
+            providers[0][1]["user_compute_stream"] = str(self.stream.handle)
+        return providers
 
     def inputs(self):
         return self._spec.inputs
