@@ -80,8 +80,9 @@ class StepUNet(nn.Module):
                 id_scale: Tensor):
         self._set(time_row, id_fold, id_mask, id_scale)
         with keep_deep_features(self.unet, self.outer) if self.outer else nullcontext([]) as deep:
-            # Not __call__: the hook of `pidiff.unet.set_processors` has no part in this graph.
-            output = self.unet.forward(latents, 0, text_kv, return_dict=False)[0]
+            # Not __call__: the hook of `pidiff.unet.set_processors` has no part in this graph. Timesteps are not read (_TimeRow); they are a
+            # tensor that is there already, which can be captured in a CUDA graph.
+            output = self.unet.forward(latents, time_row[:, 0], text_kv, return_dict=False)[0]
         found = [output, *([self._identity_map()] if self.has_null else []), *deep]
         return tuple(found) if len(found) > 1 else output
 
