@@ -28,6 +28,7 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train decoder --data DATA --model MODEL      VAE's decoder, on what the sampler makes: no seams; last
   pidiff-train distill --data DATA --model FEW --teacher MODEL    FEW/unet does in 4 steps without guidance what MODEL's does in 20 with it
   pidiff-export MODEL BUNDLE                          deployable bundle
+  any stage on a GPU: --device cuda --workers 15      so many processes draw the batches
   pidiff-train personalize PHOTO... --out ME          tune one person's code on 1 to 10 photos -> an identity file
 
 Several processes, on one or many machines: torchrun --nproc-per-node 2 -m pidiff.train base ..., or
