@@ -15,9 +15,9 @@ import numpy as np
 
 from pidiff.runtime.bundle import Manifest
 from pidiff.runtime.images import encode_png
+from pidiff.runtime.memory import available_memory
 
 from .errors import ExportError
-from .memory import available_memory
 from .calibrate import Calibration
 from .picture import LARGE, Picture
 from .ranges import Ranges
