@@ -126,7 +126,7 @@ def test_export_takes_only_the_bundle_format_from_the_runtime(name):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["engine_commands", "engines", "build_engine", "plugin_nodes", "profiles", "memory", "errors"])
+@pytest.mark.parametrize("name", ["engine_commands", "engines", "engine_report", "build_engine", "plugin_nodes", "profiles", "memory", "errors"])
 def test_engines_are_built_without_torch(name):
     """Followed through the exporter's own modules; the builder process needs the memory."""
     pending, seen = [f"pidiff.export.{name}"], set()
