@@ -26,6 +26,7 @@ from pidiff.runtime.engines.tensorrt import installed_version, plugin_library, p
 from pidiff.runtime.preflight import ENGINE_GRAPHS
 from pidiff.runtime.signature import SecretKey
 
+from .engine_report import update_report
 from .errors import ExportError
 from .memory import check_disk, check_memory
 from .plugin_nodes import read_for_plugins
@@ -120,13 +121,17 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
         check_disk(path, {j.graph: j.weight_bytes for j in jobs})
         if not options.force:
             check_memory({j.graph: j.weight_bytes for j in jobs})
-        peaks = {}
-        for graph in ENGINE_GRAPHS:
-            for job in (j for j in jobs if j.graph == graph):
-                peaks[graph] = _build(job, engines, options.workspace, store.part(engines, graph), report)
-                store.add(engines, graph, job.engine)
-            report(graph, 1.0)
-        store.drop_older(engines)
+        peaks, whole = {}, False
+        try:
+            for graph in ENGINE_GRAPHS:
+                for job in (j for j in jobs if j.graph == graph):
+                    peaks[graph] = _build(job, engines, options.workspace, store.part(engines, graph), report)
+                    store.add(engines, graph, job.engine)
+                report(graph, 1.0)
+            store.drop_older(engines)
+            whole = True
+        finally:
+            update_report(store, measure=whole)
         if options.secret is not None:
             store.sign(options.secret)
         return store.manifest.engines[engines.id], peaks

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from pidiff.runtime.memory import available_memory
+
 from .errors import ExportError
 
 # Peak memory of a builder process, from its VmHWM on builds of SD1.5 (UNet: 6.3 GiB for 1.51 GiB of weights, the others
@@ -10,30 +12,11 @@ from .errors import ExportError
 BASE_BYTES = 512 << 20
 BYTES_PER_WEIGHT_BYTE = 4.2
 _ENGINE_BYTES = 32 << 20                    # of an engine, beside its weights
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def needed_memory(weight_bytes: int) -> int:
     """Bytes of memory that building a graph with so many bytes of weights takes at its peak."""
     return BASE_BYTES + int(BYTES_PER_WEIGHT_BYTE * weight_bytes)
-
-
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping: of the machine, or of the container's limit; None if neither is known."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) << 10)
-    except OSError:
-        pass
-    try:
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        found.append(limit - used + int(counts["inactive_file"]))        # the file cache gives way
-    except (OSError, ValueError, KeyError):           # no control group of version 2, or its limit is "max"
-        pass
-    return min(found, default=None)
 
 
 def check_memory(weights: dict[str, int]) -> None:

@@ -6,32 +6,26 @@ most 100 million parameters: for Stable Diffusion the picture would take longer 
 """
 
 import base64
-import html
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 
-from pidiff.runtime.bundle import Manifest
+from pidiff.runtime.bundle import REPORTS, Manifest
 from pidiff.runtime.images import encode_png
+from pidiff.runtime.memory import available_memory
 
-from .errors import ExportError
-from .memory import available_memory
 from .calibrate import Calibration
+from .engine_report import VERSION, engines_section
+from .errors import ExportError
+from .pages import number, page, table, text
 from .picture import LARGE, Picture
 from .ranges import Ranges
 from .source import Source
 
-VERSION = 1
 MODES = ("auto", "full", "short", "none")
-FILES = ("report.json", "report.html")
 REFERENCE = "PyTorch in float32 on the bundle's own weights, identity branch unfolded, timestep and text inside the UNet"
 _PARTS = ("unet", "vae", "text_encoder", "w_plus_encoder", "adapter")
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ccc;padding:.25em .8em;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}figure{display:inline-block;margin:.5em 1em .5em 0}
-img{display:block;min-width:256px;image-rendering:pixelated}.note{color:#555}"""
 
 
 def check_mode(mode: str, source: Source) -> str:
@@ -61,8 +55,8 @@ def write_report(root: Path, manifest: Manifest, ranges: dict[str, Ranges], engi
                  picture: Picture | None, int8: Calibration | None = None) -> None:
     """Write both files into the bundle at `root`. engines: name -> graph -> figures, of those beside ONNX Runtime."""
     content = make_report(manifest, ranges, engines, picture, int8)
-    (root / FILES[0]).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (root / FILES[1]).write_text(make_html(content, picture.images if picture else {}), encoding="utf-8")
+    (root / REPORTS[0]).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (root / REPORTS[1]).write_text(make_html(content, picture.images if picture else {}), encoding="utf-8")
 
 
 def make_report(manifest: Manifest, ranges: dict[str, Ranges], engines: dict[str, dict[str, dict]],
@@ -80,7 +74,7 @@ def make_report(manifest: Manifest, ranges: dict[str, Ranges], engines: dict[str
         "float16": {graph: r.to_dict() for graph, r in ranges.items()},
         "int8": int8.to_dict() if int8 else None,
         "picture": {"settings": picture.settings, "figures": picture.figures} if picture else None,
-        "compiled_engines": "Engines for GPUs are added to a bundle after this was written; manifest.json lists them: built, not run here",
+        "compiled_engines": {},          # see engine_report.py
     }
 
 
@@ -92,29 +86,23 @@ _FLOAT32 = ("text_conditioner", "id_conditioner", "time_conditioner", "face_matt
 def make_html(report: dict, images: dict[str, np.ndarray]) -> str:
     """The report as one page that needs no other file and no network."""
     title = f"{report['bundle']}, {report['precision']}, {report['attention']} attention, opset {report['opset']}"
-    rows = [(graph, engine, f["computed_in"], *(_number(f[k]) for k in ("max_abs", "mean_abs", "max_rel")))
+    rows = [(graph, engine, f["computed_in"], *(number(f[k]) for k in ("max_abs", "mean_abs", "max_rel")))
             if "problem" not in f else (graph, engine, f"cannot run it: {f['problem']}", "", "", "")
             for graph, found in report["graphs"].items() for engine, f in found.items()]
-    parts = [f"<h1>Verification of {_text(title)}</h1><p class=note>Reference: {_text(report['reference'])}.</p>",
-             "<h2>Graphs</h2>", _table(("graph", "engine", "computed in", "max error", "mean error", "max relative"), rows, 3),
+    parts = [f"<h1>Verification of {text(title)}</h1><p class=note>Reference: {text(report['reference'])}.</p>",
+             "<h2>Graphs</h2>", table(("graph", "engine", "computed in", "max error", "mean error", "max relative"), rows, 3),
              "<h2>Picture</h2>", _picture(report["picture"], images), "<h2>float16</h2>", _float16(report), "<h2>int8</h2>", _int8(report["int8"]),
-             f"<h2>Compiled engines</h2><p>{_text(report['compiled_engines'])}.</p><p class=note>Made with "
-             f"{_text(', '.join(f'{k} {v}' for k, v in report['tools'].items()))}.</p>"]
+             f"{engines_section(report['compiled_engines'])}<p class=note>Made with "
+             f"{text(', '.join(f'{k} {v}' for k, v in report['tools'].items()))}.</p>"]
     return page(f"Verification of {title}", "\n".join(parts))
-
-
-def page(title: str, body: str) -> str:
-    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv="Content-Security-Policy" content="default-src '
-            f"'none'; img-src data:; style-src 'unsafe-inline'\"><title>{_text(title)}</title><style>{_STYLE}</style>\n"
-            f"<body>{body}</body></html>\n")
 
 
 def _picture(picture: dict | None, images: dict[str, np.ndarray]) -> str:
     if picture is None:
         return "<p>None was drawn; <code>--report full</code> draws one. The graph <code>unet</code> above is one step.</p>"
     s = picture["settings"]
-    figures = [f"<figure><img alt='{_text(name)}' src='data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}'>"
-               f"<figcaption>{_text(name)}</figcaption></figure>" for name, image in images.items()]
+    figures = [f"<figure><img alt='{text(name)}' src='data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}'>"
+               f"<figcaption>{text(name)}</figcaption></figure>" for name, image in images.items()]
     rows = []
     for engine, f in picture["figures"].items():
         if "problem" in f:
@@ -126,19 +114,19 @@ def _picture(picture: dict | None, images: dict[str, np.ndarray]) -> str:
         else:
             rows.append((engine, "", "", "", f"{f['code_similarity_to_person']:.4f}"))
     head = ("drawn by", "PSNR, dB", "max difference, levels", "W+ similarity to PyTorch's", "W+ similarity to the person")
-    return (f"<p>“{_text(s['prompt'])}”, seed {s['seed']}, {s['num_inference_steps']} steps of {_text(s['scheduler'])}, guidance "
-            f"{s['guidance_scale']:g}, of a person who is a W+ code near the average.</p>{''.join(figures)}{_table(head, rows, 1)}"
+    return (f"<p>“{text(s['prompt'])}”, seed {s['seed']}, {s['num_inference_steps']} steps of {text(s['scheduler'])}, guidance "
+            f"{s['guidance_scale']:g}, of a person who is a W+ code near the average.</p>{''.join(figures)}{table(head, rows, 1)}"
             f"<p class=note>W+ similarity: cosine of two codes less the average code, as the bundle's own w_plus_encoder reads them "
-            f"from {_text(s['codes_read_from'])}. It is no face-recognition score.</p>")
+            f"from {text(s['codes_read_from'])}. It is no face-recognition score.</p>")
 
 
 def _float16(report: dict) -> str:
     if not report["float16"]:
         return "<p>Nothing is computed in float16.</p>"
-    rows = [(graph, r["worst_layer"], _number(r["largest"]), f"{100 * r['part_of_float16']:.2f} %",
+    rows = [(graph, r["worst_layer"], number(r["largest"]), f"{100 * r['part_of_float16']:.2f} %",
              "; ".join(f"{k or 'the whole graph'} ({why})" for k, why in r["kept_in_float32"].items()) or "none")
             for graph, r in report["float16"].items()]
-    return (_table(("graph", "layer with the largest value", "value", "of float16's range", "kept in float32"), rows, 2)
+    return (table(("graph", "layer with the largest value", "value", "of float16's range", "kept in float32"), rows, 2)
             + "<p class=note>Measured in float32, on the inputs of the comparison above, attention as plain operators. What passes half "
               "of float16's range is kept in float32.</p>")
 
@@ -149,17 +137,4 @@ def _int8(int8: dict | None) -> str:
     rows = list(int8["kept_in_float32"].items())
     return (f"<p>{int8['int8_layers']} layers of the UNet are computed in int8, {len(rows)} are kept in float32. Together they change its "
             f"result by {100 * int8['relative_error']:.2f} % (root mean square over {int8['calls']} calls of the sampling loop), at most "
-            f"{100 * int8['bound']:g} % by choice.</p>{_table(('kept in float32', 'why'), rows, 2)}")
-
-
-def _table(head: tuple, rows: list[tuple], numbers_from: int) -> str:
-    body = "".join("<tr>" + "".join(f"<td{' class=n' if i >= numbers_from else ''}>{_text(c)}" for i, c in enumerate(r)) for r in rows)
-    return f"<table><tr>{''.join(f'<th>{_text(h)}' for h in head)}{body}</table>"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "not finite"
-
-
-def _text(value) -> str:
-    return html.escape(str(value))
+            f"{100 * int8['bound']:g} % by choice.</p>{table(('kept in float32', 'why'), rows, 2)}")

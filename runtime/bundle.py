@@ -27,14 +27,14 @@ from .engine_specs import ENGINE_FOLDER
 from .errors import BundleError, require
 from .files import reason, umask
 from .manifest import (
-    MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, SCHEMA_VERSION, FileSpec, GraphSpec, IdentitySpec, Manifest, ModelSpec,
+    MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, REPORTS, SCHEMA_VERSION, FileSpec, GraphSpec, IdentitySpec, Manifest, ModelSpec,
     TensorSpec, UNetSpec, check_path,
 )
 from .signature import SIGNATURE, check_signature, load_public_key, sign
 from .strict import parse_json, to_plain
 
 __all__ = ["Bundle", "BundleError", "BundleWriter", "FileSpec", "GraphSpec", "IdentitySpec", "Manifest", "ModelSpec",
-           "TensorSpec", "UNetSpec", "SCHEMA_VERSION", "shipped_bundle", "sha256_file"]
+           "TensorSpec", "UNetSpec", "REPORTS", "SCHEMA_VERSION", "shipped_bundle", "sha256_file"]
 
 MAX_JSON_BYTES = 64 << 20
 MAX_DIRECTIONS_BYTES = 64 << 20
@@ -285,9 +285,10 @@ def _check_tree(root, files):
     """Compare names and sizes on disk with the manifest, before anything is read.
 
     Under engines/ a file may be there that is not listed: one that is being built, or whose build was killed. Nothing
-    hands it out, and the next build removes it.
+    hands it out, and the next build removes it. So may a report that is being exchanged; a signed bundle lists its own.
     """
-    found = set(_list_files(root)) - {MANIFEST, SIGNATURE}
+    files_here = set(_list_files(root))
+    found = files_here - {MANIFEST, SIGNATURE} - (set() if SIGNATURE in files_here else set(REPORTS) - set(files))
     for relative in sorted(set(files) - found):
         raise BundleError(f"{relative} must be present, got a bundle without it")
     for relative in sorted(found - set(files)):

@@ -6,7 +6,7 @@ import numpy as np
 
 from .caching import whole_steps
 from .engines import new_array
-from .errors import Cancelled, PidiffError
+from .errors import Cancelled, NotFinite
 
 CONSTANT = ("text_kv", "id_fold", "id_mask")  # inputs that stay the same from step to step
 
@@ -50,6 +50,12 @@ def plan_calls(engine, cached, plan, conditions):
     return [(engine if whole[i] else cached, rows if first <= i < end else conditions.batch) for i in range(total)]
 
 
+def step_not_finite(step, calls, engine, inputs=None):
+    """Return the NotFinite of a step of `plan_calls`; engine: that of `unet`; inputs: what the step's engine was given."""
+    return NotFinite(f"latents must stay finite, got NaN or infinity at step {step + 1} of {len(calls)}",
+                     "unet" if calls[step][0] is engine else "unet_cached", inputs)
+
+
 def tensor_shapes(engine, plan, conditions, latent_shape):
     """Return name -> shape of the UNet's inputs and outputs for all rows, latents [c,h,w]."""
     rows, people = conditions.id_fold.shape[:2]
@@ -81,22 +87,26 @@ class Denoiser:
         """Denoise latents [B,c,h,w] (noise times init_noise_sigma) in place.
 
         on_step(step, latents, denoised) -> True to stop. Returns the identity map [B,P,h,w] float32 averaged over the
-        whole steps with identity, or None. Raises Cancelled, and PidiffError where the numbers overflow.
+        whole steps with identity, or None. Raises Cancelled, and NotFinite where the numbers overflow.
         """
         from pidiff import _C
 
         plan, conditions, buffers = self._plan, self._conditions, self._buffers
-        batch, total, count = len(latents), None, 0
+        batch, total, count, current = len(latents), None, 0, 0
 
         def call_engine(step):
-            nonlocal total, count
+            nonlocal total, count, current
+            current = step
             active = conditions.active(step)
             buffers["time_row"][0] = plan.time_table[step]
             buffers["id_scale"][:] = conditions.id_scale if active else 0.0
             engine, rows = self._calls[step]
             if self._bound[engine] != rows:
                 self._bind(engine, rows)
-            engine.run()
+            try:
+                engine.run()
+            except NotFinite as e:      # it has looked itself
+                raise self._not_finite(step) from e
             if active and engine is self._engine and "identity_map" in buffers:
                 now = buffers["identity_map"][-batch:].astype(np.float32)
                 total, count = now if total is None else total + now, count + 1
@@ -107,8 +117,17 @@ class Denoiser:
         except _C.Cancelled as e:
             raise Cancelled("the callback asked to stop") from e
         except RuntimeError as e:
-            raise PidiffError(f"{e}: the model's weights or the inputs are damaged, or overflow in half precision") from e
+            if "latents must stay finite" not in str(e):
+                raise                   # the caller's own, out of on_step
+            raise self._not_finite(current) from e
         return None if total is None else total / count
+
+    def _not_finite(self, step):
+        """Return the NotFinite of a step whose inputs are still in the buffers."""
+        engine, rows = self._calls[step]
+        inputs = {spec.name: self._buffers[spec.name] for spec in engine.inputs()}
+        return step_not_finite(step, self._calls, self._engine,
+                               {n: a if n == "time_row" else a[-rows:] for n, a in inputs.items()})
 
     def _allocate(self, latent_shape):
         """Return one array per tensor of the UNet, filled with what stays the same."""

@@ -11,8 +11,8 @@ import weakref
 import numpy as np
 
 from .cuda import DeviceMemory, Event, HostMemory, Layout, Region
-from .denoise import CONSTANT, Denoiser, plan_calls, tensor_shapes
-from .errors import Cancelled, EngineError, PidiffError, require
+from .denoise import CONSTANT, Denoiser, plan_calls, step_not_finite, tensor_shapes
+from .errors import Cancelled, EngineError, NotFinite, require
 
 AHEAD = 2           # steps that may be queued and not done: the GPU never waits for the processor, and a stop comes soon
 NEVER = 2**31 - 1   # StepProgress.first_bad while all is well
@@ -53,16 +53,19 @@ class DeviceDenoiser:
         from pidiff import _C
 
         mapped = [self._conditions.active(i) and engine is self._engine for i, (engine, _) in enumerate(self._calls)]
-        self._begin(latents, _C.step_table(self._plan.schedule, guidance_scale, self._conditions.guided_steps, mapped))
+        table, noise = _C.step_table(self._plan.schedule, guidance_scale, self._conditions.guided_steps, mapped), latents.copy()
+        self._begin(latents, table)
         maps = sum(mapped) if "identity_map" in self._specs else 0
         try:
             self._steps(latents, seeds, on_step)
             self._download("loop.latents", *(["loop.identity_sum"] if maps else []))
-        except BaseException:
+            self._check()
+        except BaseException as e:
+            if isinstance(e, NotFinite) and self._bad_step() != NEVER:
+                self._recover_inputs(e, noise, seeds, table)
             with contextlib.suppress(EngineError):
                 self._stream.synchronize()      # steps still queued use scratch memory that others share
             raise
-        self._check()
         latents[...] = self._memory.host["loop.latents"]
         if not maps:
             return None
@@ -70,11 +73,11 @@ class DeviceDenoiser:
         require(np.isfinite(average).all(), "identity_map", "be finite", "NaN or infinity")
         return average
 
-    def _steps(self, latents, seeds, on_step):
-        """Queue all steps, each as soon as the one before the last is done."""
+    def _steps(self, latents, seeds, on_step, end=None):
+        """Queue all steps, or those before `end`, each as soon as the one before the last is done."""
         from pidiff import _C
 
-        for step, call in enumerate(self._calls):
+        for step, call in enumerate(self._calls[:end]):
             event = self._memory.events[step % AHEAD]
             event.wait()
             self._check()
@@ -84,6 +87,28 @@ class DeviceDenoiser:
             event.record(self._stream)
             if on_step is not None:
                 self._show(latents, step, on_step)
+
+    def _recover_inputs(self, error, latents, seeds, table):
+        """Give the NotFinite of a step the UNet's inputs: by now later steps have overwritten them, so the steps before it run again."""
+        from pidiff import _C
+
+        bad = self._bad_step()
+        with contextlib.suppress(Exception):    # the error is what matters
+            self._begin(latents, table)
+            self._steps(latents, seeds, None, bad)
+            _C.queue_step_input(self._params, self._stream.handle)
+            error.inputs = self._download_inputs(*self._calls[bad])
+
+    def _download_inputs(self, engine, rows):
+        """Return what is in an engine's inputs, name -> array."""
+        tensors, shape = self._memory.layout.tensors, self._shape
+        layout = Layout({spec.name: (shape(spec.name, rows), tensors[spec.name][1]) for spec in engine.inputs()})
+        host = HostMemory(self._engine.device, layout.size)
+        inputs = {n: host.array(*layout.tensors[n], offset) for n, offset in layout.offsets.items()}
+        for name, array in inputs.items():
+            self._stream.download(array, self._memory.region(name))
+        self._stream.synchronize()
+        return {name: array.copy() for name, array in inputs.items()}
 
     def _layout(self, shapes):
         """Return the Layout of all buffers, and how many bytes at its start begin as zeros."""
@@ -149,9 +174,13 @@ class DeviceDenoiser:
         """Bind an engine to the first `rows` rows, unless it is."""
         memory, key = self._memory, self._key(engine, rows)
         if key not in memory.bindings:
-            tensors, names = memory.layout.tensors, [spec.name for spec in (*engine.inputs(), *engine.outputs())]
-            shape = lambda n: tensors[n][0] if n == "time_row" else (rows, *tensors[n][0][1:])
-            memory.bindings[key] = engine.bind_device({n: (memory.address(n), shape(n)) for n in names})
+            names = [spec.name for spec in (*engine.inputs(), *engine.outputs())]
+            memory.bindings[key] = engine.bind_device({n: (memory.address(n), self._shape(n, rows)) for n in names})
+
+    def _shape(self, name, rows):
+        """Return the shape of a UNet's tensor for the first `rows` rows."""
+        whole = self._memory.layout.tensors[name][0]
+        return whole if name == "time_row" else (rows, *whole[1:])
 
     def _queue_step(self, key):
         """Queue a step: call by call the first time, then captured, then by one launch until something moves."""
@@ -205,11 +234,14 @@ class DeviceDenoiser:
             self._stream.download(self._memory.host[name], self._memory.region(name))
         self._stream.synchronize()
 
+    def _bad_step(self):
+        """Return the first step known to have left latents that are not finite, or NEVER."""
+        return int(self._memory.host["loop.progress"][2])
+
     def _check(self):
-        """Raise PidiffError if a step that is known to be done left latents that are not finite."""
-        bad = int(self._memory.host["loop.progress"][2])
-        require(bad == NEVER, "latents", "stay finite", f"NaN or infinity at step {bad}: the model's weights or the inputs are "
-                "damaged, or overflow in half precision")
+        """Raise NotFinite if there is such a step."""
+        if (bad := self._bad_step()) != NEVER:
+            raise step_not_finite(bad, self._calls, self._engine)
 
 
 class LoopMemory:

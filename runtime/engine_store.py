@@ -1,11 +1,12 @@
 """Adding engines to a bundle that is already there, so that it can be opened, and copied, at every moment in between.
 
 An engine becomes visible in three steps, each of them atomic: the manifest forgets the old one, the new file takes its
-place, the manifest lists it. A process that is killed between them leaves a whole bundle with an unlisted file under
+place, the manifest lists it; a new report too. A process that is killed between them leaves a whole bundle with an unlisted file under
 engines/, which nothing hands out and the next `EngineStore` removes. A signature is removed before the manifest changes.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from contextlib import suppress
@@ -16,7 +17,7 @@ from .bundle import Bundle, is_disk_full, sha256_file, signed_comment
 from .engine_specs import ENGINE_FOLDER, EngineSet, engine_path
 from .errors import BundleError
 from .files import reason
-from .manifest import MANIFEST, FileSpec, Manifest
+from .manifest import MANIFEST, REPORTS, FileSpec, Manifest
 from .signature import SIGNATURE, sign
 
 
@@ -85,6 +86,20 @@ class EngineStore:
             self._write(dict.fromkeys(old))
             self._sweep()
 
+    def report(self):
+        """Return name -> bytes of the files that the verification report consists of."""
+        return {name: (self.path / name).read_bytes() for name in REPORTS if (self.path / name).is_file()}
+
+    def replace_report(self, contents):
+        """Replace files of the report, name -> bytes, unless they are the same."""
+        specs = {name: FileSpec(hashlib.sha256(data).hexdigest(), len(data)) for name, data in contents.items()}
+        if specs.items() <= self.manifest.files.items():
+            return
+        self._write({}, forget=specs)
+        for name, data in contents.items():
+            self._replace(name, data)
+        self._write({}, specs)
+
     def sign(self, secret):
         """Sign the bundle as it is now with a SecretKey."""
         text = (self.path / MANIFEST).read_bytes()
@@ -93,12 +108,13 @@ class EngineStore:
         self._replace(SIGNATURE, sign(text, secret, signed_comment(self.manifest)))
         self.lost_signature = False
 
-    def _write(self, engines, files=()):
-        """Replace sets (None: drop) in the manifest, checked by the reader's own parser, and its file list with them."""
+    def _write(self, engines, files=(), forget=()):
+        """Replace sets (None: drop) in the manifest, checked by the reader's own parser, and its file list with them; forget:
+        other files that leave the list."""
         sets = {k: v for k, v in {**self.manifest.engines, **engines}.items() if v is not None}
         known = {**self.manifest.files, **dict(files)}
         listed = {e.file for s in sets.values() for e in s.graphs.values()}
-        kept = {p: f for p, f in known.items() if not p.startswith(f"{ENGINE_FOLDER}/") or p in listed}
+        kept = {p: f for p, f in known.items() if p in listed or not p.startswith(f"{ENGINE_FOLDER}/") and p not in forget}
         manifest = Manifest.from_dict(replace(self.manifest, engines=sets, files=kept).to_dict())
         with suppress(FileNotFoundError):
             os.unlink(self.path / SIGNATURE)

@@ -13,6 +13,16 @@ class EngineError(PidiffError):
     """An engine is not installed, does not know the device, or was given tensors that do not fit the graph."""
 
 
+class NotFinite(EngineError):
+    """A graph has given NaN or infinity. inputs: name -> array that it was given then, None where they are lost. diagnosis.py finds
+    the layer that they come from."""
+
+    def __init__(self, what, graph, inputs=None, reason="the model's weights or the inputs are damaged, or overflow in half precision"):
+        super().__init__(f"{what}: {reason}")
+        self.what, self.graph = what, graph
+        self.inputs = None if inputs is None else {name: array.copy() for name, array in inputs.items()}
+
+
 class FaceError(PidiffError):
     """A photo cannot be read, or does not show one usable face."""
 

@@ -14,6 +14,7 @@ from .strict import PART, SHA256, Reader, parse_json, short, to_plain
 SCHEMA_VERSION = 3          # 2 added `engines`, 3 `float32_layers`; older ones are read and mean that there are none
 _SINCE = {"engines": 2, "float32_layers": 3}
 MANIFEST = "manifest.json"
+REPORTS = ("report.json", "report.html")      # the verification report: for people, no part of what runs
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 4096
 

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from .errors import require
 from .strict import parse_json
@@ -30,6 +31,7 @@ COPIES = 3
 # A reference into external data, in the protobuf of a graph: key "length", value in decimal.
 _LENGTH = re.compile(rb"\n\x06length\x12[\x01-\x14](\d+)")
 _LOCATION = re.compile(rb"\n\x08location\x12.([\w./-]+?\.safetensors)")
+_CGROUP = Path("/sys/fs/cgroup")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -46,6 +48,21 @@ def resident():
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS:"))
     return 0
+
+
+def available_memory():
+    """Return bytes that can be had without swapping: of the machine, or of the container's limit; None if neither is known."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+    # Not where there is no control group of version 2, or its limit is "max".
+    with suppress(OSError, ValueError, KeyError):
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(counts["inactive_file"]))        # the file cache gives way
+    return min(found, default=None)
 
 
 def give_back():
@@ -92,6 +109,11 @@ class Predictor:
         fold = self._bundle.graph("unet").tensor("id_fold").shape[-1]
         return need + COPIES * 4 * fold * (people + 1)
 
+    def diagnosis(self, name, batch, people, size, layers):
+        """Return bytes that it takes to run a graph once with the results of its blocks, or of all layers, kept (diagnosis.py)."""
+        many = 3 if name == "vae_decoder" else 9        # about 350 layers, most of them smaller than the first
+        return self.graph(name, batch, people, size=size) + (many if layers else 3) * self._activations(name, batch, *size)
+
     def _activations(self, name, batch, height, width):
         model = self._bundle.manifest.model
         if name in STAGES["denoise"]:
@@ -129,6 +151,11 @@ class Budget:
         if self._limit is None:
             return 0
         return self._base + (sum if self._keep else max)(self._predictor.stage(n, **sizes) for n, sizes in stages.items())
+
+    def room(self):
+        """Return bytes that may still be taken, of the machine's and of the limit; None if neither is known."""
+        known = [available_memory(), None if self._limit is None else max(0, self._limit - resident())]
+        return min((n for n in known if n is not None), default=None)
 
     def batch(self, most, rows, people, steps, cached, size, tiles):
         """Return (how many pictures, up to `most`, can be denoised at once, side of the decoder's tiles or None).

@@ -13,9 +13,10 @@ from .bundle import Bundle
 from .compiled import CompiledEngines, find_compiled
 from .denoise import Conditions, Plan
 from .device_loop import make_denoiser
+from .diagnosis import located
 from .engine_specs import BACKENDS
 from .engines import AUTO, PRECISIONS, bind_new, call, choose_engine, fall_back, load_engine
-from .errors import EngineError, PidiffError, require
+from .errors import EngineError, NotFinite, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
 from .memory import STAGE_OF, Budget, give_back
@@ -206,10 +207,14 @@ class Pipeline:
             plan = self.plan(options.steps, options.scheduler)
         images, maps = [], []
         chunks, decode = self._chunks(seeds, batch, options.guided, shape, tile), partial(self._decode, tile=tile)
-        with _Progress(callback, progress, options.steps * len(chunks), decode) as watch:
-            for latents, identity_map in self._denoised(plan, chunks, options, conditions, shape, watch):
-                images += list(decode(latents))
-                maps.append(identity_map)
+        try:
+            with _Progress(callback, progress, options.steps * len(chunks), decode) as watch:
+                for latents, identity_map in self._denoised(plan, chunks, options, conditions, shape, watch):
+                    images += list(decode(latents))
+                    maps.append(identity_map)
+        except NotFinite as e:
+            self._engines = {}      # their memory is for the second look
+            raise located(self.bundle, e, self._budget.room, self.threads) from None
         self.seconds["total"] = time.perf_counter() - begun
         return Result(images, None if maps[0] is None else np.concatenate(maps), seeds, self.seconds, self.engine,
                       self.device, options.scheduler, options.steps, float(options.guidance_scale))
@@ -279,8 +284,8 @@ class Pipeline:
                 planes = bind_new(engine, {"latents": part}, H=part.shape[2] * scale, W=part.shape[3] * scale)["image"]
             with self._stage("decode"):
                 engine.run()
-                require(np.isfinite(planes).all(), "the VAE decoder", "give finite pictures", "NaN or infinity: its weights are "
-                        "damaged, or overflow in half precision")
+                if not np.isfinite(planes).all():
+                    raise NotFinite("the VAE decoder must give finite pictures, got NaN or infinity", "vae_decoder", {"latents": part})
             return planes
 
         return to_image(decode(latents) if tile is None else decode_in_tiles(decode, latents, tile, scale))

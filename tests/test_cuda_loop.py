@@ -114,7 +114,7 @@ def test_numbers_that_are_not_finite_name_their_step(unets):
     plan.time_table[3] = np.inf
     device._upload_constants()
     latents, seeds = start(plan, 2)
-    with pytest.raises(PidiffError, match="latents must stay finite, got NaN or infinity at step 3: "):
+    with pytest.raises(PidiffError, match="latents must stay finite, got NaN or infinity at step 4 of 7: "):
         device.run(latents, seeds, guidance)
 
 

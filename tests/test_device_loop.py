@@ -10,6 +10,7 @@ from fake_tensorrt import KERNEL
 from pidiff.runtime import Cancelled, PidiffError, cuda
 from pidiff.runtime.denoise import Denoiser
 from pidiff.runtime.device_loop import DeviceDenoiser, make_denoiser
+from pidiff.runtime.errors import NotFinite
 from step_unet import CHANNELS, SIDE, SOLVERS, WAYS, DeviceUnet, HostUnet, make_conditions, make_plan, run_unet, start
 
 class FakeQueue:
@@ -121,14 +122,35 @@ def test_numbers_that_are_not_finite_name_the_first_step(device, driver):
     plan.time_table[2] = np.nan
     loop._upload_constants()
     before = engines[0].queued
-    with pytest.raises(PidiffError, match="^latents must stay finite, got NaN or infinity at step 2: the model's weights or"):
+    with pytest.raises(PidiffError, match="^latents must stay finite, got NaN or infinity at step 3 of 7: the model's weights or"):
         denoise(loop, plan, 2, 3.0)
     assert engines[0].queued - before <= 5
     assert "kernels" not in difference(driver, engines[0].stream.synchronize), "nothing is left in the stream"
     seen = []
-    with pytest.raises(PidiffError, match="at step 2: "):
+    with pytest.raises(PidiffError, match="at step 3 of 7: "):
         denoise(loop, plan, 2, 3.0, lambda step, *_: seen.append(step) and None)
     assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("way, step", [("guided", 4), ("plain", 0), ("cached", 5), ("guided in the middle", 6)])
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral"])
+def test_the_inputs_of_a_bad_step_are_known(device, solver, way, step):
+    """... as they are on the processor, though later steps have run on the device; so that the layer can be found."""
+    plan, (how, guidance) = make_plan(solver), WAYS[way]
+    plan.time_table[step, 1] = np.inf       # reaches the deep features
+    conditions, shape, found = make_conditions(2, **how), (CHANNELS, SIDE, SIDE), []
+    resident, host = device(), [HostUnet(), HostUnet(cached=True)]
+    for engines in (host, resident):
+        loop = make_denoiser(engines[0], plan, conditions, shape, engines[1])
+        with pytest.raises(NotFinite) as caught:
+            denoise(loop, plan, 2, guidance)
+        found.append(caught.value)
+    assert str(found[0]) == str(found[1]) and found[0].graph == found[1].graph
+    rows = len(found[0].inputs["latents"])
+    for name, expected in found[0].inputs.items():
+        # The device has the conditional rows first.
+        expected = expected if name == "time_row" or rows == 2 else np.concatenate([expected[2:], expected[:2]])
+        np.testing.assert_array_equal(found[1].inputs[name], expected, name)
 
 
 def difference(driver, action):

@@ -292,18 +292,6 @@ def test_too_little_disk(capsys, bundle, builder, monkeypatch):
     assert built() == []
 
 
-def test_a_container_has_its_own_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    machine = memory.available_memory()
-    assert machine > 100 << 20
-    (tmp_path / "memory.max").write_text("max\n")
-    assert abs(memory.available_memory() - machine) < 4 << 30
-    for name, text in {"memory.max": "1000000\n", "memory.current": "400000\n",
-                       "memory.stat": "anon 5\ninactive_file 100000\n"}.items():
-        (tmp_path / name).write_text(text)
-    assert memory.available_memory() == 700_000
-
-
 # --- TensorRT-RTX ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture

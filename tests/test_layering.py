@@ -14,7 +14,7 @@ PACKAGES = {"pidiff": ROOT / "pidiff", "pidiff.export": ROOT / "export", "pidiff
 VENDORS = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", "cuda"}
 # What the exporter knows of the runtime beside the bundle's format: engines in it, and where they can run.
 ENGINE_BUILDS = ("pidiff.runtime.engine_specs", "pidiff.runtime.engine_store", "pidiff.runtime.preflight", "pidiff.runtime.cuda",
-                 "pidiff.runtime.engines.tensorrt", "pidiff.runtime.signature")
+                 "pidiff.runtime.engines.tensorrt", "pidiff.runtime.signature", "pidiff.runtime.memory")
 # What the runtime can sample is asked before an export.
 SCHEDULE = ("pidiff.runtime.schedule",)
 # With what the verification report runs graphs and draws its picture: as a user would.
@@ -126,7 +126,7 @@ def test_export_takes_only_the_bundle_format_from_the_runtime(name):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["engine_commands", "engines", "build_engine", "plugin_nodes", "profiles", "memory", "errors"])
+@pytest.mark.parametrize("name", ["engine_commands", "engines", "engine_report", "build_engine", "plugin_nodes", "profiles", "memory", "errors"])
 def test_engines_are_built_without_torch(name):
     """Followed through the exporter's own modules; the builder process needs the memory."""
     pending, seen = [f"pidiff.export.{name}"], set()

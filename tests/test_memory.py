@@ -11,7 +11,7 @@ import pytest
 from drawn_face import drawn_face
 from tiny_bundle import LAYERS, write_tiny_bundle
 
-from pidiff.runtime import Identity, PidiffError, Pipeline
+from pidiff.runtime import Identity, PidiffError, Pipeline, memory
 from pidiff.runtime.bundle import Bundle, shipped_bundle
 from pidiff.runtime.memory import MIB, STAGE_OF, Predictor, parse_size
 
@@ -75,6 +75,18 @@ def test_a_smaller_limit_makes_smaller_batches(tiny):
     pipe._budget._predictor._activations = lambda graph, batch, *size: batch * (100 << 20) if graph == "unet" else 0
     pipe._budget._limit = pipe._budget.need(denoise={"batch": 3})
     assert np.abs(images(pipe).astype(int) - expected).max() <= 1 and rows == [2, 1, 1, 1, 1]
+
+
+def test_a_container_has_its_own_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    machine = memory.available_memory()
+    assert machine > 100 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert abs(memory.available_memory() - machine) < 4 << 30
+    for name, text in {"memory.max": "1000000\n", "memory.current": "400000\n",
+                       "memory.stat": "anon 5\ninactive_file 100000\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert memory.available_memory() == 700_000
 
 
 COMMAND = """

@@ -22,7 +22,7 @@ from pidiff.export.picture import compare
 from pidiff.export.ranges import HALF_MAX, float32_islands, measure
 from pidiff.export.source import Source
 from pidiff.model import save_model
-from pidiff.runtime.bundle import Bundle
+from pidiff.runtime.bundle import REPORTS, Bundle
 
 
 class Loud(nn.Module):
@@ -106,7 +106,7 @@ def test_a_model_that_overflows_is_exported_with_layers_in_float32(overflowing):
 
 def test_the_report_is_in_the_bundle_and_needs_no_other_file(overflowing):
     bundle = Bundle.open(overflowing)
-    assert set(reports.FILES) <= set(bundle.manifest.files)
+    assert set(REPORTS) <= set(bundle.manifest.files)
     report, page = json.loads((overflowing / "report.json").read_text()), (overflowing / "report.html").read_text()
     assert report["version"] == reports.VERSION
     for graph, figures in bundle.manifest.parity.items():
@@ -146,7 +146,7 @@ def test_a_short_report_costs_nothing_and_none_is_none(tmp_path_factory):
     assert [reports.check_mode(m, source) for m in ("short", "none")] == ["short", "none"]
     with pytest.raises(ExportError, match="report must be one of auto, full, short, none, got 'long'"):
         reports.check_mode("long", source)
-    assert not set(reports.FILES) & set(Bundle.open(shared("fp16", tmp_path_factory)).manifest.files)       # made with --report none
+    assert not set(REPORTS) & set(Bundle.open(shared("fp16", tmp_path_factory)).manifest.files)       # made with --report none
     report, page = json.loads((fused / "report.json").read_text()), (fused / "report.html").read_text()
     assert report["picture"] is None and "None was drawn" in page and "Nothing is computed in float16" in page
     assert {e for g in report["graphs"].values() for e in g} == {"onnxruntime"}
@@ -164,6 +164,6 @@ def test_large_models_get_a_short_report_and_a_full_one_needs_memory(tmp_path_fa
 def test_text_in_a_report_is_escaped():
     report = {"bundle": "<script>alert(1)</script>", "precision": "fp32", "attention": "fused", "opset": 18, "reference": "r",
               "tools": {}, "graphs": {"unet": {"openvino": {"problem": "a <b> & c"}}}, "float16": {}, "picture": None,
-              "compiled_engines": "none", "int8": None}
+              "compiled_engines": {}, "int8": None}
     page = reports.make_html(report, {})
     assert "<script" not in page and "a &lt;b&gt; &amp; c" in page

@@ -7,7 +7,9 @@ import shutil
 import stat
 from pathlib import Path
 
+import cv2
 import pytest
+from drawn_face import drawn_face
 from tiny_bundle import edit, write_tiny_bundle
 from tiny_engines import add
 
@@ -183,6 +185,59 @@ def test_commands_refuse_what_is_not_signed(plain, keys, tmp_path, capsys):
     said = capsys.readouterr().err.strip().split("\n")
     assert len(said) == 5 and all("got no manifest.sig" in line for line in said), said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def data_and_training():
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from pidiff.data.__main__ import main as data
+    from pidiff.train.__main__ import main as train
+
+    return data, train
+
+
+@pytest.mark.parametrize("which, words", [("plain", "got no manifest.sig"), ("signed", "got a signature by key")])
+def test_data_and_training_refuse_too_and_write_nothing(plain, signed, keys, tmp_path, capsys, data_and_training, which, words):
+    data, train = data_and_training
+    key = ["--require-signature", str(keys[1][1])]
+    bundle = str({"plain": plain, "signed": signed}[which])
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    (photos / "p.jpg").write_bytes(b"no picture")
+    for command in (["photos", str(photos), "--bundle", bundle], ["synth", "--model", bundle]):
+        assert data([*command, "--out", str(out), *key]) == 1
+    assert train(["personalize", str(photos / "p.jpg"), "--model", bundle, "--out", str(out), *key]) == 1
+    said = capsys.readouterr().err.strip().split("\n")
+    assert len(said) == 3 and all(words in line for line in said), said
+    assert not out.exists()
+
+
+def test_data_and_training_take_what_is_signed(signed, keys, tmp_path, capsys, data_and_training, monkeypatch):
+    data, train = data_and_training
+    key = ["--require-signature", str(keys[0][1])]
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    cv2.imwrite(str(photos / "p.png"), drawn_face(256))
+    assert data(["photos", str(photos), "--bundle", str(signed), "--out", str(out), "--size", "128", *key]) == 0
+    assert (out / "photos-0000.tar").is_file()
+    # It goes as far as the weights, which this bundle has not.
+    assert data(["synth", "--model", str(signed), "--out", str(tmp_path / "more"), *key]) == 1
+    assert train(["personalize", str(photos / "p.png"), "--model", str(signed), "--out", str(tmp_path / "me"), *key]) == 1
+    said = capsys.readouterr().err
+    assert "manifest" not in said and "signed" not in said, said
+
+
+def test_evaluation_refuses_too(plain, keys, tmp_path, capsys):
+    from pidiff.evaluate.__main__ import main, make_generator, parse
+
+    (tmp_path / "e.onnx").write_bytes(b"")
+    arguments = ["--data", str(tmp_path), "--embedder", str(tmp_path / "e.onnx"), "--out", str(tmp_path / "out"),
+                 "--require-signature", str(keys[0][1])]
+    with pytest.raises(BundleError, match="got no manifest.sig"):
+        make_generator(parse([*arguments, "--bundle", str(plain)]), None)
+    assert main([*arguments, "--checkpoint", str(plain)]) == 1
+    assert "--require-signature must be given for a bundle, which has a signature, got --checkpoint" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_sentence_names_it(signed, keys, monkeypatch):

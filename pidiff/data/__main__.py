@@ -28,6 +28,9 @@ def synth(args) -> None:
     from ..model import shipped_mini
     from .synth import synthesise
     model = args.model or shipped_mini()
+    if args.require_signature:
+        from .prepare import check_signed
+        check_signed(model, args.require_signature)
     matting = load_strict(FaceMatting(), read_tensors(model / "face_matting" / "model.safetensors"), "face_matting").eval()
     directions = {k: v.mean(0).numpy() for k, v in read_tensors(model / "directions.safetensors").items()}
     synthesise(args.out, args.people, args.variants, args.size, args.seed, matting, directions)
@@ -40,7 +43,7 @@ def draft(args) -> None:
 
 def photos(args) -> None:
     from .prepare import prepare
-    total, left_out = prepare(args.out, args.photos, args.size, args.aligned, args.bundle)
+    total, left_out = prepare(args.out, args.photos, args.size, args.aligned, args.bundle, args.require_signature)
     print(f"{total} pictures in {args.out}, {left_out.total()} left out")
     for reason in list(left_out)[:10]:
         print(f"  {reason}")
@@ -68,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--variants", type=int, default=3, help="pictures per person")
     one.add_argument("--size", type=int, default=256, help="pixels")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--model", type=Path, help="model folder with face_matting/ and directions.safetensors (default: mini)")
+    one.add_argument("--model", type=Path, help="bundle or model folder with face_matting/ and directions.safetensors (default: mini)")
     fast = commands.add_parser("draft", help="generate many synthetic people fast, at 128 pixels")
     fast.add_argument("--out", type=Path, required=True)
     fast.add_argument("--like", type=Path, required=True, help="folder written by `pidiff-data synth`")
@@ -81,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     real.add_argument("--size", type=int, default=512, help="pixels")
     real.add_argument("--aligned", action="store_true", help="pictures are the faces, cut as FFHQ cuts them")
     real.add_argument("--bundle", type=Path, help="whose face detector and matting to use (default: mini)")
+    for command in (one, real):
+        command.add_argument("--require-signature", metavar="KEY.pub", type=Path,
+                             help="use that bundle only if it is signed by this key")
     two = commands.add_parser("preview", help="contact sheet of training pictures")
     two.add_argument("--data", type=Path, required=True)
     two.add_argument("--out", type=Path, required=True)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pidiff.runtime import Pipeline
+from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.errors import FaceError, PidiffError
 from pidiff.runtime.faces import FaceReader, align_face, ffhq_quad, matte
 from pidiff.runtime.images import MAX_FILE_BYTES, decode_image
@@ -64,9 +65,9 @@ def _photos(readers: dict, prefix: str = "") -> Iterator[Photo]:
 class Preparer:
     """Finds the largest face of a photo and cuts what training needs; `aligned` gives the face's FFHQ crop as the picture."""
 
-    def __init__(self, size: int, aligned: bool, bundle: Path | None = None):
+    def __init__(self, size: int, aligned: bool, bundle: Path | None = None, require_signature: Path | None = None):
         try:
-            pipeline = Pipeline.from_bundle(bundle)
+            pipeline = Pipeline.from_bundle(bundle, require_signature=require_signature)
         except PidiffError as error:
             raise ValueError(str(error)) from error
         self.size, self.aligned, self._side = size, aligned, pipeline.bundle.manifest.model.face_size
@@ -110,18 +111,24 @@ class Preparer:
         return cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def prepare(out: Path, source: Path, size: int, aligned: bool, bundle: Path | None = None) -> tuple[int, Counter]:
+def check_signed(bundle: Path, key: Path) -> None:
+    """Raise BundleError, a ValueError, unless the bundle is whole and signed by a public key."""
+    Bundle.open(bundle, require_signature=key)
+
+
+def prepare(out: Path, source: Path, size: int, aligned: bool, bundle: Path | None = None,
+            require_signature: Path | None = None) -> tuple[int, Counter]:
     """Write the layout above from `source`; goes on with the next shard after a stop. Returns (pictures, reasons of those left out)."""
     if not source.is_dir():
         raise ValueError(f"photos must be a folder, got {source}")
     settings = {"size": size, "aligned": aligned, "source": source.name}
-    out.mkdir(parents=True, exist_ok=True)
     if (started := out / "photos.json").is_file():
         before = json.loads(started.read_text())
         if before["settings"] != settings:
             raise ValueError(f"out must be empty or begun with the same settings, got {out} of {before['settings']}")
+    preparer, left_out, total, shards = Preparer(size, aligned, bundle, require_signature), Counter(), 0, 0
+    out.mkdir(parents=True, exist_ok=True)
     started.write_text(json.dumps({"settings": settings, "shards": None}) + "\n")
-    preparer, left_out, total, shards = Preparer(size, aligned, bundle), Counter(), 0, 0
     bar = tqdm(source_photos(source), unit="picture", disable=None)
     for number, part in enumerate(_parts(bar)):
         shards = number + 1

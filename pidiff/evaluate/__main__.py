@@ -40,6 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("people", 2), ("prompts", 1), ("seeds", 1), ("curve_people", 0), ("pairs", 0), ("edits", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if args.checkpoint and args.require_signature:
+        raise ValueError(f"--require-signature must be given for a bundle, which has a signature, got --checkpoint {args.checkpoint}")
     if not args.embedder.is_file():
         raise ValueError(f"embedder must be an ONNX file, got {args.embedder}")
     return args

@@ -169,9 +169,11 @@ def _batch(model: Model, photos: Photos, rng: np.random.Generator, count: int) -
     return latents, masks, encode_prompts(model, captions)
 
 
-def personalize(bundle: Path | None, paths: list, options: PersonalizeOptions = PersonalizeOptions(), progress: bool = False) -> Identity:
-    """An Identity for 1 to 10 photos of one person, tuned on the bundle (None: the shipped mini)."""
-    pipeline = Pipeline.from_bundle(bundle)
+def personalize(bundle: Path | None, paths: list, options: PersonalizeOptions = PersonalizeOptions(), progress: bool = False,
+                require_signature: Path | None = None) -> Identity:
+    """An Identity for 1 to 10 photos of one person, tuned on the bundle (None: the shipped mini), which must be signed by the
+    public key `require_signature` if there is one."""
+    pipeline = Pipeline.from_bundle(bundle, require_signature=require_signature)
     photos = Photos.read(pipeline, paths)
     return tuned(with_w_plus(load_model(pipeline.bundle.path)), photos, options, pipeline.bundle.adapter_id(), progress)
 
@@ -183,13 +185,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("pidiff-train personalize", description=__doc__.split("\n")[0])
     parser.add_argument("photos", nargs="+", type=Path, help=f"1 to {MAX_PHOTOS} photos of one person")
     parser.add_argument("--model", type=Path, help="bundle (default: the shipped mini)")
+    parser.add_argument("--require-signature", metavar="KEY.pub", type=Path, help="use the bundle only if it is signed by this key")
     parser.add_argument("--out", type=Path, required=True, help="identity file to write; pidiff-generate --face takes it")
     for name in ("steps", "batch_size", "rank", "seed"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(PersonalizeOptions, name))
     args = parser.parse_args(argv)
     try:
         options = PersonalizeOptions(args.steps, args.batch_size, rank=args.rank, seed=args.seed)
-        personalize(args.model, args.photos, options, progress=sys.stderr.isatty()).save(args.out)
+        personalize(args.model, args.photos, options, sys.stderr.isatty(), args.require_signature).save(args.out)
     except (ValueError, OSError, PidiffError, CheckpointError) as error:
         print(f"pidiff-train: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cuda import DeviceMemory, HostMemory, Stream
-from ..errors import EngineError, require
+from ..errors import EngineError, NotFinite, require
 from . import ENGINES, rebound
 from .tensorrt_context import Context
 
@@ -173,8 +173,9 @@ class TensorRtEngine:
             if not is_input:
                 array[...] = host
         for output in self._spec.outputs:
-            require(np.isfinite(self._bound[output.name]).all(), f"graph {self._name}", "give finite numbers",
-                    f"NaN or infinity in {output.name}: its weights are damaged, or it overflows in half precision", EngineError)
+            if not np.isfinite(self._bound[output.name]).all():
+                raise NotFinite(f"graph {self._name} must give finite numbers, got NaN or infinity in {output.name}", self._name,
+                                {t.name: self._bound[t.name] for t in self._spec.inputs})
 
     def close(self):
         """Give everything back, users before what they use. The engine cannot be used any more."""
