@@ -13,8 +13,8 @@ from .preflight import preflight, rebuild_command
 class CompiledEngines:
     """Engines of one backend. `graph in engines`: whether a graph has one; the others run on ONNX Runtime.
 
-    found: Preflight of the bundle. limit: bytes of the GPU's memory that they may take together, None for all. Raises EngineError where the bundle holds none, or one that cannot run here: the sentence
-    says why, and how to build it again.
+    found: Preflight of the bundle. limit: bytes of the GPU's memory that they may take together, None for all. Raises EngineError
+    where the bundle holds none, or one that cannot run here: the sentence says why, and how to build it again.
     """
 
     def __init__(self, bundle, backend, found=None, limit=None):

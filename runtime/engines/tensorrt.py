@@ -136,8 +136,10 @@ class TensorRtEngine:
         self._bound = {}                # until everything below has worked
         self._context = self._context or self._take_context()
         self._context.set_shapes(profile, shapes, self._stream)
-        known = {name: slot.memory.size for name, slot in self._slots.items()}
-        self._check_memory(sum(a.nbytes for name, a in tensors.items() if known.get(name) != a.nbytes), self._context)
+        for name in [n for n, slot in self._slots.items() if n in tensors and slot.memory.size != tensors[n].nbytes]:
+            self._graph = None
+            del self._slots[name]       # freed first: both at once may be too much
+        self._check_memory(sum(a.nbytes for name, a in tensors.items() if name not in self._slots), self._context)
         for name, array in tensors.items():
             fixed = name in constant and name in shapes
             slot = self._slot(name, array.nbytes, fixed)
