@@ -37,7 +37,7 @@ class OnnxRuntimeEngine:
         import onnxruntime as ort
 
         ort.disable_telemetry_events()
-        self._ort, self._spec, self._device = ort, spec, device
+        self._ort, self._spec, self._device, self._file = ort, spec, device, Path(path).name
         self._bound, self._device_values, self._limits = {}, {}, limits
         providers, options = _providers(ort, device, precision, limits), _options(ort, threads, fused, precision)
         try:
@@ -106,8 +106,8 @@ class OnnxRuntimeEngine:
         """Return the EngineError for what ONNX Runtime has raised."""
         text = _first_line(error)
         if self._limits and any(words in text for words in _OUT_OF_MEMORY):
-            return EngineError(f"max_memory must be larger for {self._spec.file}, got {self._limits[0] // MIB} MiB of it for this graph: {text}")
-        return EngineError(f"{self._spec.file} must {verb}, got: {text}")
+            return EngineError(f"max_memory must be larger for {self._file}, got {self._limits[0] // MIB} MiB of it for this graph: {text}")
+        return EngineError(f"{self._file} must {verb}, got: {text}")
 
 
 class _DeviceBinding:
