@@ -91,7 +91,8 @@ def _common(parser):
                              "openvino where it is installed, on x86-64 processors, for bundles of 512 MiB and more; else "
                              "onnxruntime")
     parser.add_argument("--max-memory", type=_size, metavar="SIZE",
-                        help="memory that this process shall not exceed, such as 800M; work that is predicted not to fit is refused")
+                        help="memory that this process shall not exceed, such as 800M, or where a GPU draws its part of the GPU's memory; "
+                             "work that does not fit is refused")
     parser.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all)")
     parser.add_argument("--largest-face", action="store_true", help="take the largest face of a photo with several")
     parser.add_argument("--json", action="store_true", help="print seconds per stage, engine and seed as JSON")

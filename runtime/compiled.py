@@ -13,21 +13,23 @@ from .preflight import preflight, rebuild_command
 class CompiledEngines:
     """Engines of one backend. `graph in engines`: whether a graph has one; the others run on ONNX Runtime.
 
-    found: Preflight of the bundle. Raises EngineError where the bundle holds none, or one that cannot run here: the sentence
-    says why, and how to build it again.
+    found: Preflight of the bundle. limit: bytes of the GPU's memory that they may take together, None for all. Raises EngineError
+    where the bundle holds none, or one that cannot run here: the sentence says why, and how to build it again.
     """
 
-    def __init__(self, bundle, backend, found=None):
+    def __init__(self, bundle, backend, found=None, limit=None):
         self.backend, self._bundle = backend, bundle
         self._sets = _usable(bundle, backend, found or preflight(bundle))
-        self._scratch = Scratch(Device())
+        self._scratch = Scratch(Device(limit))
 
     def __contains__(self, graph):
         return graph in self._sets
 
     def load(self, graph):
-        """Return the Engine of a graph. Its file is hashed here, and what was hashed is what TensorRT gets."""
+        """Return the Engine of a graph. Its file is hashed here, and what was hashed is what TensorRT gets. PidiffError, before it is
+        read, if it is more than the limit."""
         engines = self._sets[graph]
+        self._scratch.device.check(self._bundle.manifest.files[engines.graphs[graph].file].size, f"the engine of {graph}")
         return load_engine(self.backend)(
             self.backend, self._bundle.engine(engines.id, graph), self._bundle.graph(graph), engines.graphs[graph].profiles,
             self._scratch, lambda shapes: self._command(engines, graph, shapes), self._bundle.manifest.attention == "fused")
@@ -58,7 +60,7 @@ class CompiledEngines:
         return rebuild_command(self._bundle, engines, engines.targets, batch={images}, people=sizes.get("P", ()), size=pixels)
 
 
-def find_compiled(bundle):
+def find_compiled(bundle, limit=None):
     """Return the CompiledEngines that `auto` takes, None where no engine of the bundle's UNet runs here.
 
     Warns where a GPU is here and an engine was built, but cannot be used.
@@ -69,7 +71,7 @@ def find_compiled(bundle):
             if found.gpu is None:
                 return None
             try:
-                return CompiledEngines(bundle, backend, found)
+                return CompiledEngines(bundle, backend, found, limit)
             except EngineError as e:
                 fall_back(backend, e)
     return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import EngineError
+from .errors import EngineError, require
 
 LIBRARY = "libcuda.so.1"
 _INTEGRATED, _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 18, 75, 76      # CUdevice_attribute
@@ -78,10 +78,12 @@ def _first_gpu(cuda):
 class Device:
     """The first GPU, in its primary context. What is made from it keeps it; the context is released after the last of them.
 
-    integrated: GPU and processor share their memory (Jetson), so that host memory need not be copied. Raises EngineError.
+    integrated: GPU and processor share their memory (Jetson), so that host memory need not be copied. limit: bytes of its memory
+    that may be in use, None for all; used: those that are. Raises EngineError.
     """
 
-    def __init__(self):
+    def __init__(self, limit=None):
+        self.limit, self.used = limit, 0
         try:
             self._cuda = ctypes.CDLL(LIBRARY)
             for name, types in _PROTOTYPES.items():
@@ -112,11 +114,28 @@ class Device:
         """Make the context current in this thread; needed once before other calls in it."""
         self.call("cuCtxSetCurrent", self._context)
 
-    def finalize(self, owner, name, handle):
-        """Call the driver's `name` on `handle` when `owner` is gone; errors are ignored, for nobody could act on them."""
+    def check(self, size, what):
+        """Raise PidiffError if `size` more bytes for `what` would be more than the limit."""
+        need, mib = self.used + size, lambda n: -(-n >> 20)
+        require(self.limit is None or need <= self.limit, "max_memory", f"be at least {mib(need)} MiB of the GPU's memory ({mib(size)} for "
+                f"{what}, {mib(self.used)} that are in use)", f"{(self.limit or 0) >> 20} MiB")
+
+    def take(self, size, what):
+        """Count `size` bytes as used from now on; raises as `check` does."""
+        self.check(size, what)
+        self.used += size
+
+    def give(self, size):
+        """Count `size` bytes as free again."""
+        self.used -= size
+
+    def finalize(self, owner, name, handle, size=0):
+        """Call the driver's `name` on `handle` when `owner` is gone, and give `size` bytes back; errors are ignored, for nobody could
+        act on them."""
         def release(device):
             device._cuda.cuCtxSetCurrent(device._context)
             getattr(device._cuda, name)(handle)
+            device.give(size)
 
         return weakref.finalize(owner, release, self)
 
@@ -127,9 +146,11 @@ class DeviceMemory:
     def __init__(self, device, size):
         device.use()
         address = _ADDRESS()
+        device.check(size, "tensors")
         device.call("cuMemAlloc_v2", address, size)
+        device.take(size, "tensors")
         self.address, self.size = address.value, size
-        device.finalize(self, "cuMemFree_v2", address)
+        device.finalize(self, "cuMemFree_v2", address, size)
 
 
 class HostMemory:
@@ -138,8 +159,11 @@ class HostMemory:
     def __init__(self, device, size):
         device.use()
         host, address = _HANDLE(), _ADDRESS()
+        counted = size if device.integrated else 0
+        device.check(counted, "tensors")
         device.call("cuMemHostAlloc", host, size, _PORTABLE_AND_MAPPED)
-        device.finalize(self, "cuMemFreeHost", host)
+        device.take(counted, "tensors")
+        device.finalize(self, "cuMemFreeHost", host, counted)
         device.call("cuMemHostGetDevicePointer_v2", address, host, 0)
         self.host, self.address, self.size = host.value, address.value, size
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (self.host, False)}
@@ -190,6 +214,10 @@ class Scratch:
         if size and (self.memory is None or self.memory.size < size):
             self.memory = None          # freed first: both at once may be too much
             self.memory = DeviceMemory(self.device, size)
+
+    def growth(self, size):
+        """Return how many bytes more than now `reserve(size)` would take."""
+        return max(0, size - (self.memory.size if self.memory else 0))
 
 
 class Stream:

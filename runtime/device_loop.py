@@ -38,10 +38,12 @@ class DeviceDenoiser:
         self._engine, self._plan, self._conditions = engine, plan, conditions
         self._calls = plan_calls(engine, cached, plan, conditions)
         self._specs = {spec.name: spec for spec in (*engine.inputs(), *engine.outputs())}
-        layout, clear = self._layout(tensor_shapes(engine, plan, conditions, latent_shape))
+        shapes = tensor_shapes(engine, plan, conditions, latent_shape)
+        layout, clear = self._layout(shapes)
         memory, kept = engine.loop, engine.loop is not None and engine.loop.serves(layout, cached)
         if not kept:
             engine.loop = memory = None     # freed first: both at once may be too much
+            engine.check_loop(layout.size, shapes)
             engine.loop = memory = LoopMemory(engine.device, engine.stream, layout, clear, cached)
         self._memory, self._stream, self._params = memory, engine.stream, self._step_params(memory)
         for call in dict.fromkeys(self._calls):     # compiles for all of them

@@ -16,7 +16,8 @@ from .memory import MIB, Predictor, give_back
 
 HALF_MAX = 65504.0
 # Fields of onnx.proto: of ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto and ValueInfoProto.
-_GRAPH, _NODE, _INITIALIZER, _OUTPUT, _NODE_INPUT, _NODE_OUTPUT, _NODE_TYPE, _ATTRIBUTE, _INTEGER, _TENSOR_NAME, _VALUE_NAME = 7, 1, 5, 12, 1, 2, 4, 5, 3, 8, 1
+_GRAPH, _NODE, _INITIALIZER, _OUTPUT = 7, 1, 5, 12
+_NODE_INPUT, _NODE_OUTPUT, _NODE_TYPE, _ATTRIBUTE, _INTEGER, _TENSOR_NAME, _VALUE_NAME = 1, 2, 4, 5, 3, 8, 1
 _TO_FLOAT32 = 1
 _MODEL = re.compile(r"^.*?\b(?:unet|vae)\.")                                        # the module that a graph is made of
 _BLOCK = re.compile(r"((?:\w+\.)??(?:down_blocks\.\d+|up_blocks\.\d+|mid_block))(?:\.(\w+\.\d+))?")
@@ -107,8 +108,8 @@ def layer_values(data):
     """Return (layer, name of a value) for everything that the nodes of a .onnx file compute from its inputs, in their order.
 
     A node belongs to the layer whose weight it reads, else to that of the node before it. But what a norm does before it reads its
-    weight belongs to the norm: a cast to float32, where the processor still has what float16 has not, InstanceNormalization. Without named weights the layer is the value's own name, and what follows the first
-    output is of the last one.
+    weight belongs to the norm: a cast to float32, where the processor still has what float16 has not, InstanceNormalization.
+    Without named weights the layer is the value's own name, and what follows the first output is of the last one.
     """
     graph = b"".join(value for field, value in _fields(data) if field == _GRAPH)
     nodes, weights, ends = [], {}, []

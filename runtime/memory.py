@@ -152,6 +152,10 @@ class Budget:
             return 0
         return self._base + (sum if self._keep else max)(self._predictor.stage(n, **sizes) for n, sizes in stages.items())
 
+    def options(self, graph):
+        """Return arguments for the engine of a graph: none, the processor's memory has no arena of fixed size."""
+        return {}
+
     def room(self):
         """Return bytes that may still be taken, of the machine's and of the limit; None if neither is known."""
         known = [available_memory(), None if self._limit is None else max(0, self._limit - resident())]

@@ -12,6 +12,7 @@ import numpy as np
 from .bundle import Bundle
 from .compiled import CompiledEngines, find_compiled
 from .denoise import Conditions, Plan
+from .device_budget import DeviceBudget
 from .device_loop import make_denoiser
 from .diagnosis import located
 from .engine_specs import BACKENDS
@@ -45,25 +46,25 @@ class Pipeline:
         require(threads is None or (type(threads) is int and 1 <= threads <= 1024), "threads",
                 "be an integer in [1, 1024] or None", repr(threads))
         self.bundle, self.device, self.threads, self.precision = bundle, device, threads, precision
-        self.seconds, self._may_fall_back = {}, engine == AUTO
+        self.seconds, self._may_fall_back = {}, engine == AUTO and max_memory is None
         self._keep = max_memory is None if keep is None else bool(keep)
         self._budget = Budget(bundle, max_memory, self._keep)
-        if max_memory is not None:
-            require(engine in (AUTO, "onnxruntime") and device == "cpu", "max_memory", "be None with other engines than "
-                    "onnxruntime on the CPU, whose memory is not predicted", max_memory)
-            engine = "onnxruntime"
+        require(max_memory is None or engine != "openvino", "max_memory", "be None with openvino, whose memory is not predicted", max_memory)
         size = sum(f.size for f in bundle.manifest.files.values())
         load_engine(engine if engine != AUTO else "onnxruntime")         # installed at all?
-        self._compiled = find_compiled(bundle) if engine == AUTO else None
+        self._compiled = find_compiled(bundle, max_memory) if engine == AUTO else None
         if engine in BACKENDS:
-            self._compiled = CompiledEngines(bundle, engine)
+            self._compiled = CompiledEngines(bundle, engine, limit=max_memory)
         self._asked_device = self._others_device = device
         if self._compiled:
             self._others_device = "cpu"     # where graphs without an engine run
             self.engine, self.device, self._engine_class = self._compiled.backend, "cuda", load_engine("onnxruntime")
         else:
-            self.engine = choose_engine(device, size) if engine == AUTO else engine
+            automatic = choose_engine(device, size) if max_memory is None else "onnxruntime"
+            self.engine = automatic if engine == AUTO else engine
             self._engine_class = load_engine(self.engine)
+        if max_memory is not None and self.device == "cuda":
+            self._budget = DeviceBudget(bundle, max_memory, self._keep, sessions=self._compiled is None)
         self._engines, self._kept = {}, _Recent(16 if self._keep else 4)
         self._schedule_config = bundle.json("schedule.json")
 
@@ -81,8 +82,9 @@ class Pipeline:
         decoder in bfloat16 where the processor has it, and ONNX Runtime the UNet's long self-attention (fused bundles),
         which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
-        denoising, decoding); None is True without max_memory. max_memory: bytes that this process shall not exceed; more
-        pictures than fit are made one batch after another, and work that is predicted not to fit is refused.
+        denoising, decoding); None is True without max_memory. max_memory: bytes that this process shall not exceed, or where
+        a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work
+        that does not fit is refused.
         Raises BundleError, EngineError.
         """
         return cls(Bundle.open(path, verify, require_signature), engine, device, threads, precision, keep, max_memory)
@@ -314,7 +316,7 @@ class Pipeline:
         spec, hot = self.bundle.graph(name), name in HOT_GRAPHS
         return self._engine_class(
             self.bundle.file(spec.file), spec, device=self._others_device, threads=self.threads, static=hot,
-            fused=self.bundle.manifest.attention == "fused", precision=self.precision if hot else "full")
+            fused=self.bundle.manifest.attention == "fused", precision=self.precision if hot else "full", **self._budget.options(name))
 
     @contextlib.contextmanager
     def _stage(self, name):

@@ -25,7 +25,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # Tests that use what takes longest to make: each group in one process, and begun first.
 GROUPS = ("exports", "trained")
 EXPORTING = ("test_export.py", "test_parity.py", "test_export_source.py", "test_ip_adapter.py",
-             "test_quantize.py")
+             "test_quantize.py", "test_diagnosis.py")
 
 
 @pytest.hookimpl(tryfirst=True)

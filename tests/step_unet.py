@@ -103,6 +103,9 @@ class DeviceUnet(HostUnet):
         super().__init__(dtype, cached, side)
         self.device, self.stream, self._queue_run, self.captures, self.queued = device, stream, queue_run, True, 0
 
+    def check_loop(self, size, shapes):
+        pass
+
     def bind_device(self, tensors):
         return DeviceUnetBinding(self, tensors)
 

@@ -171,7 +171,7 @@ class FakeCudaOrt:
     def __init__(self, driver, real):
         self._driver, self._real, self._work = driver, real, []
         self._callback = KERNEL(self._run)
-        for name in ("SessionOptions", "ExecutionMode", "RunOptions", "disable_telemetry_events", "__version__"):
+        for name in ("SessionOptions", "ExecutionMode", "RunOptions", "disable_telemetry_events", "__version__", "__spec__"):
             setattr(self, name, getattr(real, name))
 
     def get_available_providers(self):

@@ -1,6 +1,5 @@
 """Numbers that are not finite: the error names the step, and the layer that they come from."""
 
-import functools
 import itertools
 import re
 import shutil
@@ -32,24 +31,12 @@ def generate(pipe, **options):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Return a function (fp16) -> the bundle of a tiny model: fused in float32, or plain operators in float16."""
+    """Return a function (fp16) -> the bundle of a tiny model, in float32 or float16."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     from tiny_model import shared
 
-    from pidiff.export.attention import Form
-    from pidiff.export.bundle import ExportOptions, export_bundle
-    from pidiff.export.source import Source
-
-    @functools.cache
-    def make(fp16):
-        if not fp16:
-            return shared("fused", tmp_path_factory)
-        out = tmp_path_factory.mktemp("fp16") / "bundle"
-        export_bundle(Source(shared("parallel", tmp_path_factory)), out, ExportOptions(Form("standard", 18), fp16=True, report="none"))
-        return out
-
-    return make
+    return lambda fp16: shared("fp16" if fp16 else "fused", tmp_path_factory)
 
 
 @pytest.fixture
@@ -113,13 +100,22 @@ def test_what_does_not_overflow_here_is_told_with_the_largest_value(exported, mo
     assert 0.1 < float(found[1]) < 1000 and found[2].split(".")[0] in ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
 
 
+def test_the_cached_graph_is_looked_at_where_it_has_failed(exported, monkeypatch):
+    graphs, run_for = [], diagnosis.run_for
+    monkeypatch.setattr(diagnosis, "run_for", lambda path, *args: graphs.append(path.stem) or run_for(path, *args))
+    fail_in_step(monkeypatch, 1)
+    assert f"at step 2 of {STEPS}: on the processor no layer overflows" in said(Pipeline.from_bundle(exported(False), threads=1), cache_interval=2)
+    assert graphs == ["unet_cached"]
+
+
 def fail_in_step(monkeypatch, step):
-    """Make the UNet of the loop on the processor report what an engine that looks itself does."""
+    """Make an engine of the loop on the processor report in a step what one does that looks itself."""
     loop = Denoiser.run
 
     def run(self, *args):
-        call, count = self._engine.run, itertools.count()
-        self._engine.run = lambda: call() if next(count) != step else fail()
+        count = itertools.count()
+        for engine in {engine for engine, _ in self._calls}:
+            engine.run = lambda call=engine.run: call() if next(count) != step else fail()
         return loop(self, *args)
 
     def fail():

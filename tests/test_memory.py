@@ -54,7 +54,7 @@ def test_impossible_limits(tiny, wrong):
 
 
 def test_an_engine_that_is_not_predicted(tiny):
-    with pytest.raises(PidiffError, match="max_memory must be None with other engines than onnxruntime"):
+    with pytest.raises(PidiffError, match="max_memory must be None with openvino, whose memory is not predicted"):
         Pipeline.from_bundle(tiny, engine="openvino", max_memory=1 << 30)
 
 

@@ -30,7 +30,8 @@ class Engine(Protocol):
     fused: the graph holds nodes of the domain `pidiff`. static: the same few shapes come again and again, so that it is
     worth compiling for each of them. precision: "full" computes in no fewer bits than the graph is written in, "auto"
     may where the processor is faster then. An engine that gains nothing by the last two does the same for all their
-    values. Raises EngineError. TensorRT's takes a compiled engine in place of a path (compiled.py).
+    values. Raises EngineError. TensorRT's takes a compiled engine in place of a path (compiled.py), ONNX
+    Runtime's also `limits` (device_budget.py).
 
     An engine whose device has memory of its own may also have `array(name, shape)`, see `new_array`.
     """
@@ -66,6 +67,10 @@ class DeviceEngine(Engine, Protocol):
         tensors: for every input and output, by name, (address, shape); the dtype is that of its TensorSpec, an address a multiple
         of 256. May compile for new shapes. Raises EngineError.
         """
+
+    def check_loop(self, size, shapes):
+        """Raise PidiffError if `size` bytes for the step loop, and what runs on these shapes of inputs need beside them, are more
+        memory than the engine may have. Called before the loop allocates."""
 
 
 class DeviceBinding(Protocol):

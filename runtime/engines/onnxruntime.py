@@ -5,8 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from ..cuda import shared_stream
-from ..errors import EngineError
+from ..errors import EngineError, require
+from ..memory import MIB
 from . import check_names, rebound
+
+# What ONNX Runtime says when an arena has reached its limit.
+_OUT_OF_MEMORY = ("Available memory of", "Failed to allocate memory")
 
 
 def custom_op_library():
@@ -23,22 +27,23 @@ def custom_op_library():
 class OnnxRuntimeEngine:
     """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.DeviceEngine).
 
-    On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs.
+    On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs. limits: bytes of the
+    GPU's memory for this session, and for the tensors of the step loop around it; None for all.
     """
 
     device = stream = loop = None
 
-    def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
+    def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full", limits=None):
         import onnxruntime as ort
 
         ort.disable_telemetry_events()
-        self._ort, self._spec, self._device = ort, spec, device
-        self._bound, self._device_values = {}, {}
-        providers, options = _providers(ort, device, precision), _options(ort, threads, fused, precision)
+        self._ort, self._spec, self._device, self._file = ort, spec, device, Path(path).name
+        self._bound, self._device_values, self._limits = {}, {}, limits
+        providers, options = _providers(ort, device, precision, limits), _options(ort, threads, fused, precision)
         try:
             self._session = ort.InferenceSession(str(path), options, providers=self._on_our_stream(providers))
         except Exception as e:  # ONNX Runtime raises a dozen unrelated types
-            raise EngineError(f"{Path(path).name} must load in ONNX Runtime {ort.__version__}, got: {_first_line(e)}") from e
+            raise self._failed(f"load in ONNX Runtime {ort.__version__}", e) from e
         if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():  # it has only printed why
             raise EngineError("device must be cpu where ONNX Runtime cannot load CUDA and cuDNN or finds no GPU, got 'cuda'")
         check_names(Path(path), spec, [v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())])
@@ -77,7 +82,7 @@ class OnnxRuntimeEngine:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as e:
-            raise EngineError(f"{self._spec.file} must run in ONNX Runtime, got: {_first_line(e)}") from e
+            raise self._failed("run in ONNX Runtime", e) from e
         for name, (is_input, value) in self._device_values.items():
             if not is_input:
                 self._bound[name][...] = value.numpy()
@@ -90,14 +95,26 @@ class OnnxRuntimeEngine:
             bind(spec.name, "cuda", 0, np.dtype(spec.dtype).type, shape, address)
         options = self._ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return _DeviceBinding(self._session, binding, options, self._spec.file)
+        return _DeviceBinding(self._session, binding, options, self._failed)
+
+    def check_loop(self, size, shapes):
+        room = self._limits and self._limits[1]
+        require(room is None or size <= room, "max_memory", f"be larger, or pictures fewer at once, so that the step loop's {-(-size // MIB)} MiB "
+                "fit into its part of it", f"{(room or 0) // MIB} MiB for them")
+
+    def _failed(self, verb, error):
+        """Return the EngineError for what ONNX Runtime has raised."""
+        text = _first_line(error)
+        if self._limits and any(words in text for words in _OUT_OF_MEMORY):
+            return EngineError(f"max_memory must be larger for {self._file}, got {self._limits[0] // MIB} MiB of it for this graph: {text}")
+        return EngineError(f"{self._file} must {verb}, got: {text}")
 
 
 class _DeviceBinding:
     """A session bound to device memory (protocol: engines.DeviceBinding). A run is queued on the stream that the session has."""
 
-    def __init__(self, session, binding, options, file):
-        self._session, self._binding, self._options, self._file = session, binding, options, file
+    def __init__(self, session, binding, options, failed):
+        self._session, self._binding, self._options, self._failed = session, binding, options, failed
 
     def settle(self):
         return 0
@@ -110,7 +127,7 @@ class _DeviceBinding:
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as e:
-            raise EngineError(f"{self._file} must run in ONNX Runtime, got: {_first_line(e)}") from e
+            raise self._failed("run in ONNX Runtime", e) from e
 
 
 def run_for(path, data, inputs, names, threads=None, fused=False):
@@ -139,7 +156,7 @@ def _options(ort, threads, fused, precision):
     return options
 
 
-def _providers(ort, device, precision):
+def _providers(ort, device, precision, limits=None):
     if device == "cpu":
         return ["CPUExecutionProvider"]
     if device != "cuda":
@@ -150,7 +167,10 @@ def _providers(ort, device, precision):
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds the CUDA and cuDNN libraries of pip packages, which are on no search path
     # By itself it computes float32 layers in TF32, which has 10 bits.
-    return [("CUDAExecutionProvider", {"use_tf32": str(int(precision == "auto"))}), "CPUExecutionProvider"]
+    how = {"use_tf32": str(int(precision == "auto"))}
+    if limits:      # growing in powers of two would pass a limit that holds what is needed
+        how |= {"gpu_mem_limit": str(limits[0]), "arena_extend_strategy": "kSameAsRequested"}
+    return [("CUDAExecutionProvider", how), "CPUExecutionProvider"]
 
 
 def _first_line(error):

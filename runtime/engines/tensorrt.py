@@ -4,6 +4,7 @@ First what can be asked without a loaded engine: the installed version, and what
 """
 
 import importlib
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ class TensorRtEngine:
     domain `pidiff`. Raises EngineError.
     """
 
-    _graph = _context = _spare = _engine = _stream = loop = None
+    _graph = _context = _spare = _engine = _stream = _give_back = loop = None
 
     def __init__(self, backend, data, spec, profiles, scratch, rebuild, fused=False):
         self._trt, self._backend = importlib.import_module(ENGINES[backend][2]), backend
@@ -91,6 +92,9 @@ class TensorRtEngine:
         self._stream = Stream(self._device)
         if fused:
             self._load_plugins()
+        # Its file is about what it takes on the GPU for its weights.
+        self._device.take(len(data), f"the engine of {self._name}")
+        self._give_back = weakref.finalize(self, self._device.give, len(data))
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._done(self._runtime.deserialize_cuda_engine(data), "deserialise")
         self._check()
@@ -130,13 +134,18 @@ class TensorRtEngine:
         profile = choose_profile(self._name, self._profiles, shapes, self._rebuild)
         self._device.use()
         self._bound = {}                # until everything below has worked
+        self._context = self._context or self._take_context()
+        self._context.set_shapes(profile, shapes, self._stream)
+        for name in [n for n, slot in self._slots.items() if n in tensors and slot.memory.size != tensors[n].nbytes]:
+            self._graph = None
+            del self._slots[name]       # freed first: both at once may be too much
+        self._check_memory(sum(a.nbytes for name, a in tensors.items() if name not in self._slots), self._context)
         for name, array in tensors.items():
             fixed = name in constant and name in shapes
             slot = self._slot(name, array.nbytes, fixed)
             if fixed:
                 self._stream.upload(slot.memory, array)
         self._stream.synchronize()
-        self._context.set_shapes(profile, shapes, self._stream)
         self._bound, self._staged = bound, []
         for name, slot in self._slots.items():
             if slot.host is not None and slot.host.host != bound[name].ctypes.data:
@@ -151,6 +160,14 @@ class TensorRtEngine:
             context.set_address(name, address)
         context.set_shapes(profile, shapes, self._stream)
         return context
+
+    def check_loop(self, size, shapes):
+        shapes = {t.name: tuple(shapes[t.name]) for t in self._spec.inputs}
+        self._device.use()
+        context = self._take_context()
+        context.set_shapes(choose_profile(self._name, self._profiles, shapes, self._rebuild), shapes, self._stream)
+        self._spare = context           # for these shapes, which come next
+        self._check_memory(size, context)
 
     def run(self, stream=None):
         require(self._bound, "tensors", "be bound before a run", "none", EngineError)
@@ -185,6 +202,8 @@ class TensorRtEngine:
         self._bound, self._staged, self._graph, self._context, self._spare = {}, [], None, None, None
         self._engine = self._runtime = None
         self._slots, self.loop, self._stream, self._scratch = {}, None, None, None
+        if self._give_back:
+            self._give_back()           # once
 
     def __del__(self):
         self.close()
@@ -212,6 +231,10 @@ class TensorRtEngine:
         built = [{t.name: tuple(map(tuple, engine.get_tensor_profile_shape(t.name, i))) for t in self._spec.inputs}
                  for i in range(engine.num_optimization_profiles)]
         require(built == list(self._profiles), f"engine of {self._name}", "have the profiles of its manifest", built, EngineError)
+
+    def _check_memory(self, size, context):
+        """Raise PidiffError if `size` bytes of tensors and a context's scratch memory are more than may be used; none is there yet."""
+        self._device.check(size + self._scratch.growth(context.scratch_size), f"scratch memory and tensors of {self._name}")
 
     def _take_context(self):
         """Return a Context that nobody else uses."""

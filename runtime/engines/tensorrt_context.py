@@ -6,13 +6,13 @@ class Context:
 
     context: IExecutionContext whose scratch memory is ours to give, from `scratch` (cuda.Scratch). done(answer, verb): returns
     TensorRT's answer, or raises EngineError. Attributes: `shapes` of the inputs by name; `warm`, whether these shapes have been
-    run: only then can a run be captured.
+    run: only then can a run be captured; `scratch_size`, bytes of scratch memory for these shapes.
     """
 
     def __init__(self, context, scratch, done):
         self._context, self._scratch, self._done = context, scratch, done
         self.shapes, self.warm, self._profile, self._version = None, False, 0, 0
-        self._scratch_size, self._scratch_at = 0, None
+        self.scratch_size, self._scratch_at = 0, None
 
     def set_shapes(self, profile, shapes, stream):
         """Set all input shapes, which a profile takes. Compiles for them where the backend does that."""
@@ -25,7 +25,7 @@ class Context:
             self._profile = profile
         for name, shape in shapes.items():
             self._done(self._context.set_input_shape(name, shape), f"take {name} {list(shape)}")
-        self._scratch_size, self._scratch_at = self._context.update_device_memory_size_for_shapes(), None
+        self.scratch_size, self._scratch_at = self._context.update_device_memory_size_for_shapes(), None
         self.warm, self.shapes = False, shapes
 
     def set_address(self, name, address):
@@ -35,8 +35,8 @@ class Context:
 
     def settle(self):
         """Take the scratch memory where it is now, another engine may have made it larger; see engines.DeviceBinding."""
-        self._scratch.reserve(self._scratch_size)
-        if self._scratch_size and self._scratch.memory.address != self._scratch_at:
+        self._scratch.reserve(self.scratch_size)
+        if self.scratch_size and self._scratch.memory.address != self._scratch_at:
             self._scratch_at, self._version = self._scratch.memory.address, self._version + 1
             self._context.set_device_memory(self._scratch_at, self._scratch.memory.size)
         return self._version
