@@ -99,7 +99,7 @@ def record(bundle: Bundle, average: np.ndarray) -> list[Inputs]:
     pipeline, rng = _RecordingPipeline(bundle, "onnxruntime", threads=_THREADS), np.random.default_rng(0)
     large = sum(f.size for name, f in bundle.manifest.files.items() if name.startswith("unet/")) > 2 * LARGE
     steps = FEW_STEPS if large else bundle.manifest.scheduler.get("num_inference_steps", 20)
-    unet, calls = pipeline._graph("unet"), []
+    unet = pipeline._graph("unet")
     for seed in range(2 if large else PICTURES):
         unet.count, unet.wanted = 0, set(np.linspace(0, steps - 1, min(LEVELS, steps)).round())
         person = (average + 0.35 * rng.standard_normal(average.shape[-1])).astype(np.float32)

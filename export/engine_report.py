@@ -16,7 +16,7 @@ from pidiff.runtime.engines import call, load_engine
 from pidiff.runtime.errors import PidiffError
 from pidiff.runtime.preflight import preflight
 
-from .pages import number, table, text
+from .pages import number, table
 
 VERSION = 2
 NOT_RUN = "built, not run here"

@@ -124,3 +124,10 @@ def gpu(driver, monkeypatch):
     gc.collect()            # exceptions that were caught keep frames in cycles
     left = driver.counts()
     assert (left.live, left.retained) == (0, 0), "memory, streams, graphs or the context were not given back"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """A whole bundle of a few weights."""
+    from tiny_bundle import write_tiny_bundle
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")

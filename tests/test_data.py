@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from pidiff.data import factors
 from pidiff.data.factors import COLOURS, SCENES, STYLES, Factors, apply_style, caption, clean_mask, composite, nearest_colour, paint_background
 
 
@@ -172,7 +171,7 @@ def test_an_interrupted_draft_can_be_used_and_goes_on(people_folder, tmp_path, m
 
 @pytest.mark.slow
 def test_the_read_out_learns_pictures_and_masks(people_folder):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     from pidiff.data import draft
     from pidiff.data.people import load_people
     people = load_people(people_folder, draft.SIZE, limit=6)

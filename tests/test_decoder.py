@@ -1,7 +1,6 @@
 """The decoder stage: pictures through noise and the sampler, and a decoder that learns to finish them."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -14,7 +14,6 @@ from onnx.external_data_helper import ExternalDataInfo
 from safetensors.torch import load_file
 from tiny_model import make_adapter, make_unet, printed, shared
 
-from pidiff.export.__main__ import main
 from pidiff.export.attention import Form
 from pidiff.export.bundle import ExportOptions
 from pidiff.export.parts import Sizes, example_of, unet_cases, unet_graphs, widths

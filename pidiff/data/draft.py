@@ -2,7 +2,6 @@
 picture and its mask off what it has computed by then. Fitted on pictures of the whole generator, at 128 pixels.
 """
 
-import csv
 import os
 import tarfile
 from pathlib import Path
