@@ -56,15 +56,17 @@ def test_pairs_hold_the_picture_in_the_latents(mini, sampled):
 def test_decoder_learns_to_finish(mini, sampled):
     import copy
     vae = copy.deepcopy(mini.vae)
+    for p in vae.patch_out.parameters():
+        p.mul_(0.9)                     # the shipped decoder knows its trade: this one has something to learn
     for part in (vae.patch_out, vae.decoder):
         part.requires_grad_(True)
     loss = DecoderLoss(vae, mini.w_plus_encoder, sampled, 4, options=DecoderOptions(clean=0.0))
-    optimizer, rng, before = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], 2e-4), np.random.default_rng(0), finishing_error(vae, sampled)
+    optimizer, rng, before = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], 3e-4), np.random.default_rng(0), finishing_error(vae, sampled)
     for _ in range(25):
         optimizer.zero_grad()
         loss(rng)[0].backward()
         optimizer.step()
-    assert finishing_error(vae, sampled) < 0.97 * before
+    assert finishing_error(vae, sampled) < 0.85 * before
     assert all(torch.equal(a, b) for a, b in zip(vae.encoder.parameters(), mini.vae.encoder.parameters()))
 
 
