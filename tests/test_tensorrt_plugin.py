@@ -355,7 +355,7 @@ def test_tensorrt_rtx_parses_mini_with_it_and_builds_an_engine(library, tmp_path
            "targets": ["sm89"], "workspace": 1 << 30, "profiles": profiles, "fused": {"library": str(library), "graph": str(graph)}}
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     command = [sys.executable, "-c", "from pidiff.export.build_engine import main; main()"]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     engine = (tmp_path / "unet.engine").read_bytes()
     nodes = [n for n in onnx.load(file, load_external_data=False).graph.node if n.domain == "pidiff"]
