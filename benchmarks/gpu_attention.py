@@ -19,23 +19,28 @@ LAYERS = [(4096, 320), (1024, 640), (256, 1280), (64, 1280)]  # positions, chann
 CALLS, REPEATS = 10, 30
 
 
-def milliseconds(torch, function, calls: int) -> float:
-    """Of one call: median over replays of a CUDA graph with `calls` of them, so that launching from Python is not timed."""
+def captured(torch, step):
+    """A function that replays the step, warmed and captured in a CUDA graph, and its output, which every replay overwrites."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            function()
+            step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
+        output = step()
+    return graph.replay, output
+
+
+def milliseconds(torch, function, calls: int) -> float:
+    """Of one call: median over replays of a CUDA graph with `calls` of them, so that launching from Python is not timed."""
+    replay, _ = captured(torch, lambda: [function() for _ in range(calls)])
     times = []
     for _ in range(REPEATS + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / calls)

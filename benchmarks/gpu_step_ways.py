@@ -18,6 +18,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from gpu_attention import captured
 from gpu_graphs import ADAPTER, BATCH, PEOPLE, TOKENS, load_unet, side_of
 
 EMBED = 1024        # of IP-Adapter's picture
@@ -81,20 +82,6 @@ class Job:
         return {"way": name, **found, "range": spread, **facts}
 
 
-def captured(step):
-    """The step in a CUDA graph, and its output, which every replay overwrites."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-    return graph.replay, output
-
-
 def distance(got, expected) -> float:
     """Relative error in the 2-norm."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
@@ -125,7 +112,7 @@ def diffusers(job: Job, compiled: bool):
     yield
     yield job.row(name, step, first_seconds=first)
     if job.on_gpu:
-        replay, _ = captured(step)
+        replay, _ = captured(torch, step)
         yield job.row(name + ", CUDA graph", replay)
 
 
@@ -189,7 +176,7 @@ def ours(job: Job):
             attention.self_attention, attention.identity_attention = functions
             yield job.row(name, step, error=distance(step().cpu().numpy(), expected))
             if job.on_gpu:
-                replay, output = captured(step)
+                replay, output = captured(torch, step)
                 yield job.row(name + ", CUDA graph", replay, error=distance(output.cpu().numpy(), expected))
 
 

@@ -305,3 +305,16 @@ def test_directions_are_the_datas_and_the_encoders_own(trained, people):
     along = encoder_bank(encoder, people)[:, 0] @ (first / np.linalg.norm(first))
     assert along.std() == pytest.approx(np.linalg.norm(first), rel=1e-3), "one unit is one standard deviation"
     assert abs(float(moves["pc1"][0] @ moves["pc2"][0])) < 1e-3 * float(moves["pc1"][0].norm() * moves["pc2"][0].norm())
+
+
+def test_on_white_is_what_enrolling_shows(people):
+    """As `composite` on a white background, rounded to uint8, and reduced as OpenCV does by area."""
+    import cv2
+    from pidiff.data.factors import composite
+    from pidiff.train.common import on_white, to_images
+    rows = slice(1, 4)
+    want = [composite(i, m.astype(np.float32) / 255, np.full_like(i, 255)) for i, m in zip(people.images[rows], people.masks[rows])]
+    assert np.abs(to_images(on_white(people, rows, "cpu")).astype(int) - np.stack(want)).max() <= 1
+    half = np.stack([cv2.resize(w, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for w in want])
+    got = to_images(on_white(people, rows, "cpu", half.shape[1])).astype(int)
+    assert np.abs(got - half).max() <= 1 and np.abs(got - half).mean() < 0.2

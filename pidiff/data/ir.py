@@ -99,29 +99,23 @@ class IrNetwork(nn.Module):
                            for step, (_, _, inputs, _, _) in enumerate(self._plan)]
 
     def _collect(self, end: str, layers: dict, sources: dict, weights: np.ndarray) -> None:
-        """Plan the steps that lead to a layer, each after what it reads."""
-        done, stack = set(), [end]
+        """Plan the steps that lead to a layer, in the file's order, which is that of computing."""
+        inputs = {name: [sources[name, int(p.get("id"))] for p in layer.findall("input/port")] for name, layer in layers.items()}
+        needed, stack = set(), [end]
         while stack:
-            name = stack[-1]
-            layer, data = layers[name], layers[name].find("data")
-            data = {} if data is None else dict(data.attrib)
-            ports = [int(p.get("id")) for p in layer.findall("input/port")]
-            inputs = [sources[name, p] for p in ports]
-            waiting = [i for i, _ in inputs if i not in done]
-            if waiting and name not in done:
-                stack += waiting
-                continue
-            stack.pop()
-            if name in done:
-                continue
-            done.add(name)
-            kind, outputs = layer.get("type"), [int(p.get("id")) for p in layer.findall("output/port")]
+            name = stack.pop()
+            if name not in needed:
+                needed.add(name)
+                stack += [source for source, _ in inputs[name]]
+        for name in (n for n in layers if n in needed):
+            layer, kind, data = layers[name], layers[name].get("type"), layers[name].find("data")
+            data, outputs = {} if data is None else dict(data.attrib), [int(p.get("id")) for p in layer.findall("output/port")]
             if kind == "Const":
                 self._constant(name, outputs[0], data, weights)
             elif kind not in OPERATIONS and kind not in ("Parameter", "Result"):
                 raise ValueError(f"operations of an IR network must be among {', '.join(OPERATIONS)}, got {kind}")
             else:
-                self._plan.append((kind, name, inputs, outputs, data))
+                self._plan.append((kind, name, inputs[name], outputs, data))
 
     def _constant(self, name: str, port: int, data: dict, weights: np.ndarray) -> None:
         start = int(data["offset"])
