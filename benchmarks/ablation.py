@@ -54,14 +54,40 @@ def run_variant(name: str, args) -> None:
                     "--curve-people", str(args.curve_people if new else 0), "--out", str(report)], check=True)
 
 
-def disruption_at(curves: list[dict], similarity: float) -> float | None:
-    """Disruption where the curve over id_scale (id_start 0) reaches a similarity, by linear interpolation; None if it never does."""
-    scales = sorted({c["id_scale"] for c in curves})
-    points = [np.mean([(c["similarity"], c["disruption"]) for c in curves if c["id_scale"] == s and c["id_start"] == 0], axis=0) for s in scales]
-    for (s0, d0), (s1, d1) in zip(points, points[1:]):
-        if s0 <= similarity <= s1:
-            return float(d0 + (d1 - d0) * (similarity - s0) / max(s1 - s0, 1e-9))
-    return None
+def disruption_at(similarity: np.ndarray, disruption: np.ndarray, wanted: float) -> float:
+    """Disruption where a curve over id_scale [S] first reaches a similarity, by linear interpolation; NaN if it never does."""
+    for (s0, s1), (d0, d1) in zip(zip(similarity, similarity[1:]), zip(disruption, disruption[1:])):
+        if s0 <= wanted <= s1:
+            return float(d0 + (d1 - d0) * (wanted - s0) / max(s1 - s0, 1e-9))
+    return float("nan")
+
+
+def equal_similarity(curves: dict[str, list[dict]], rival: str = "W+ Adapter", draws: int = 2000) -> list[str]:
+    """Sentences: each form's disruption where its mean similarity is the rival's at id_scale 1, as a share of the rival's disruption there,
+    with a bootstrap interval over people."""
+    scales = sorted({c["id_scale"] for c in curves[rival]})
+    people = sorted({c["person"] for c in curves[rival]})
+    tables = {}
+    for name, rows in curves.items():
+        known = {(c["person"], c["id_scale"]): (c["similarity"], c["disruption"]) for c in rows if c["id_start"] == 0}
+        tables[name] = np.array([[known[p, s] for s in scales] for p in people], float)     # [people, scales, 2]
+    finite = np.all([np.isfinite(t).all((1, 2)) for t in tables.values()], 0)
+    rng, one = np.random.default_rng(0), scales.index(1)
+
+    def shares(chosen):
+        means = {name: table[finite][chosen].mean(0) for name, table in tables.items()}
+        wanted, least = means[rival][one]
+        return wanted, least, {name: disruption_at(mean[:, 0], mean[:, 1], wanted) / least for name, mean in means.items() if name != rival}
+
+    count = int(finite.sum())
+    wanted, least, found = shares(np.arange(count))
+    drawn = [shares(rng.integers(0, count, count))[2] for _ in range(draws)]
+    lines = [f"{rival} at id_scale 1: similarity {wanted:.3f}, disruption {least:.2f} ({count} people). Disruption at that similarity, as a share of it:"]
+    for name, share in found.items():
+        values = np.array([d[name] for d in drawn])
+        low, high = np.nanquantile(values, (0.025, 0.975)) if np.isfinite(values).any() else (np.nan, np.nan)
+        lines.append(f"{name} {share:.2f} ({low:.2f} - {high:.2f}; not reached in {np.isnan(values).mean():.0%} of the draws).")
+    return lines
 
 
 def cell(score: dict | None) -> str:
@@ -83,9 +109,7 @@ def tables(out: Path) -> str:
     curves = {name: json.loads(file.read_text()) for name in FORMS
               if (file := out / name.replace(" ", "-") / "report" / "curves.json").is_file()}
     if "W+ Adapter" in curves:
-        least = float(np.mean([c["similarity"] for c in curves["W+ Adapter"] if c["id_scale"] == 1 and c["id_start"] == 0]))
-        lines += ["", f"Disruption at W+ Adapter's similarity at id_scale 1 ({least:.3f}), on the curves' people: "
-                  + ", ".join(f"{name} {'not reached' if (d := disruption_at(c, least)) is None else f'{d:.2f}'}" for name, c in curves.items())]
+        lines += ["", *equal_similarity(curves)]
     return "\n".join(lines).strip() + "\n"
 
 

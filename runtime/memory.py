@@ -1,6 +1,6 @@
 """Memory: which graphs are in use together, what they are predicted to need, and a limit that is kept or refused.
 
-The prediction is a rule of thumb for ONNX Runtime on a CPU, checked against the peak resident memory of processes that run
+The prediction is a rule of thumb for ONNX Runtime and OpenVINO on a CPU, checked against the peak resident memory of processes that run
 `mini`: while a graph loads, its weights are there as they are multiplied (float32) and packed for that; a run needs its inputs
 three times (those of the batch before, and the identity cut into layers), folded people in between, and activations.
 """
@@ -24,7 +24,8 @@ STAGES = {
     "denoise": ("unet", "unet_cached"), "decode": ("vae_decoder",),
 }
 STAGE_OF = {graph: stage for stage, graphs in STAGES.items() for graph in graphs}
-LIBRARIES = 80 * MIB        # what OpenCV, ONNX Runtime and the tokenizer add to a process when they are first used
+# What OpenCV, the tokenizer and an engine's module add to a process when they are first used.
+LIBRARIES = {"onnxruntime": 80 * MIB, "openvino": 130 * MIB}
 PER_GRAPH = 12 * MIB
 PACKED = 2.5                # bytes at the peak of loading per byte of float32 weights
 COPIES = 3
@@ -65,6 +66,11 @@ def available_memory():
     return min(found, default=None)
 
 
+def external_files(graph):
+    """Return the names of the safetensors files, relative to its own, that the bytes of an ONNX graph take their weights from."""
+    return sorted({name.decode() for name in _LOCATION.findall(graph)})
+
+
 def give_back():
     """Return freed memory to the system, where the C library can (glibc)."""
     gc.collect()
@@ -73,10 +79,13 @@ def give_back():
 
 
 class Predictor:
-    """Predicted bytes for the graphs of a bundle; reads a graph's file at its first question."""
+    """Predicted bytes for the graphs of a bundle; reads a graph's file at its first question.
 
-    def __init__(self, bundle):
-        self._bundle, self._weights = bundle, {}
+    loading: (name of a graph, bytes of its weights in float32) -> bytes at the peak of loading it; ONNX Runtime's by default.
+    """
+
+    def __init__(self, bundle, loading=None):
+        self._bundle, self._weights, self._loading = bundle, {}, loading or (lambda _, weights: PACKED * weights)
 
     def weights(self, graph):
         """Return bytes of a graph's weights in float32."""
@@ -84,8 +93,8 @@ class Predictor:
             path = self._bundle.file(self._bundle.graph(graph).file)
             data = path.read_bytes()
             stored = sum(map(int, _LENGTH.findall(data)))
-            files = sorted(set(_LOCATION.findall(data)))
-            wide = all(self._itemsize(f.decode()) == 4 for f in files)
+            files = external_files(data)
+            wide = all(self._itemsize(f) == 4 for f in files)
             self._weights[graph] = stored * (1 if wide else 2) + (0 if files else len(data))
         return self._weights[graph]
 
@@ -97,7 +106,7 @@ class Predictor:
         spec = self._bundle.graph(name)
         axes = {"B": batch, "P": people, "N": steps, "h": height, "w": width, "H": height * scale, "W": width * scale}
         sizes = [math.prod(axes.get(n, n if isinstance(n, int) else 1) for n in t.shape) for t in (*spec.inputs, *spec.outputs)]
-        return int(PER_GRAPH + PACKED * self.weights(name) + COPIES * 4 * sum(sizes)
+        return int(PER_GRAPH + self._loading(name, self.weights(name)) + COPIES * 4 * sum(sizes)
                    + self._activations(name, batch, height, width))
 
     def stage(self, name, batch=1, people=1, steps=1, cached=False, size=None):
@@ -132,13 +141,20 @@ class Predictor:
         return 2 if next((k for k in kinds if k in ("F16", "F32")), "F32") == "F16" else 4
 
 
-class Budget:
-    """`max_memory` bytes (None: no limit) for a Pipeline that keeps its graphs loaded, or only those of one stage."""
+def check_limit(limit):
+    """Raise PidiffError if `max_memory` is neither a number of bytes nor None."""
+    require(limit is None or type(limit) is int and limit > 0, "max_memory", "be a number of bytes or None", repr(limit))
 
-    def __init__(self, bundle, limit, keep):
-        require(limit is None or type(limit) is int and limit > 0, "max_memory", "be a number of bytes or None", repr(limit))
-        self._limit, self._keep, self._predictor = limit, keep, Predictor(bundle)
-        self._base = resident() + (0 if "onnxruntime" in sys.modules else LIBRARIES)
+
+class Budget:
+    """`max_memory` bytes (None: no limit) for a Pipeline that keeps its graphs loaded, or only those of one stage.
+
+    vendor: the module of its engine, which may still have to be imported. loading: see Predictor.
+    """
+
+    def __init__(self, bundle, limit, keep, vendor="onnxruntime", loading=None):
+        self._limit, self._keep, self._predictor = limit, keep, Predictor(bundle, loading)
+        self._base = resident() + (0 if vendor in sys.modules else LIBRARIES.get(vendor, 0))
 
     def check(self, **stages):
         """Raise PidiffError, one sentence with the predicted need, if stages (name -> sizes of Predictor.stage) do not fit."""

@@ -16,11 +16,11 @@ from .device_budget import DeviceBudget
 from .device_loop import make_denoiser
 from .diagnosis import located
 from .engine_specs import BACKENDS
-from .engines import AUTO, PRECISIONS, bind_new, call, choose_engine, fall_back, load_engine
+from .engines import AUTO, ENGINES, PRECISIONS, bind_new, call, choose_engine, fall_back, load_engine
 from .errors import EngineError, NotFinite, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
-from .memory import STAGE_OF, Budget, give_back
+from .memory import PACKED, STAGE_OF, Budget, check_limit, give_back
 from .options import Options, check_levels, resolve_mask, resolve_people, resolve_seeds
 from .presets import resolve_preset
 from .result import Result
@@ -48,8 +48,7 @@ class Pipeline:
         self.bundle, self.device, self.threads, self.precision = bundle, device, threads, precision
         self.seconds, self._may_fall_back = {}, engine == AUTO and max_memory is None
         self._keep = max_memory is None if keep is None else bool(keep)
-        self._budget = Budget(bundle, max_memory, self._keep)
-        require(max_memory is None or engine != "openvino", "max_memory", "be None with openvino, whose memory is not predicted", max_memory)
+        check_limit(max_memory)
         size = sum(f.size for f in bundle.manifest.files.values())
         load_engine(engine if engine != AUTO else "onnxruntime")         # installed at all?
         self._compiled = find_compiled(bundle, max_memory) if engine == AUTO else None
@@ -60,11 +59,12 @@ class Pipeline:
             self._others_device = "cpu"     # where graphs without an engine run
             self.engine, self.device, self._engine_class = self._compiled.backend, "cuda", load_engine("onnxruntime")
         else:
-            automatic = choose_engine(device, size) if max_memory is None else "onnxruntime"
-            self.engine = automatic if engine == AUTO else engine
+            self.engine = choose_engine(device, size) if engine == AUTO else engine
             self._engine_class = load_engine(self.engine)
         if max_memory is not None and self.device == "cuda":
             self._budget = DeviceBudget(bundle, max_memory, self._keep, sessions=self._compiled is None)
+        else:
+            self._budget = Budget(bundle, max_memory, self._keep, ENGINES[self.engine][2], self._loading)
         self._engines, self._kept = {}, _Recent(16 if self._keep else 4)
         self._schedule_config = bundle.json("schedule.json")
 
@@ -309,6 +309,11 @@ class Pipeline:
                     self._engine_class = load_engine(self.engine)
                     self._engines[name] = self._load(name)
         return self._engines[name]
+
+    def _loading(self, name, weights):
+        """Return bytes at the peak of loading a graph whose weights have `weights` bytes in float32; see memory.Predictor."""
+        loading, hot = getattr(self._engine_class, "loading", None), name in HOT_GRAPHS
+        return loading(weights, hot, self.precision if hot else "full") if loading else PACKED * weights
 
     def _load(self, name):
         if self._compiled and name in self._compiled:

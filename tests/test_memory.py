@@ -53,11 +53,6 @@ def test_impossible_limits(tiny, wrong):
         Pipeline.from_bundle(tiny, max_memory=wrong)
 
 
-def test_an_engine_that_is_not_predicted(tiny):
-    with pytest.raises(PidiffError, match="max_memory must be None with openvino, whose memory is not predicted"):
-        Pipeline.from_bundle(tiny, engine="openvino", max_memory=1 << 30)
-
-
 @needs_mini
 def test_weights_are_counted_as_they_are_multiplied():
     bundle = Bundle.open()
@@ -100,11 +95,13 @@ sys.exit(code)
 
 @needs_mini
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
-def test_the_limit_is_kept_or_refused(tmp_path):
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_limit_is_kept_or_refused(tmp_path, engine):
     """In a process of its own: what is refused names a limit, and under that limit the peak of resident memory stays."""
+    pytest.importorskip(engine)
     photo = Path(__file__).resolve().parent.parent / "examples" / "person-1.jpg"
     arguments = ["--face", photo, "--prompt", "a photo of a person", "--out", tmp_path / "out.png", "--seed", "1", "--steps", "2",
-                 "--num-images", "3", "--threads", "1"]
+                 "--num-images", "3", "--threads", "1", "--engine", engine]
 
     def run(limit):
         return subprocess.run([sys.executable, "-c", COMMAND, *map(str, arguments), "--max-memory", limit], cwd=tmp_path,

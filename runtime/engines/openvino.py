@@ -7,7 +7,9 @@ import numpy as np
 
 from ..errors import EngineError, require
 from ..files import private_cache, trim_folder
+from ..memory import PACKED, give_back
 from . import check_names, rebound
+from .openvino_bfloat16 import in_bfloat16
 from .openvino_ops import core
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
@@ -15,6 +17,8 @@ CACHE_BYTES = 8 << 30
 # From here on weights are packed once for all numbers of pictures: compiled for one of them, Stable Diffusion's UNet takes 5 GB and
 # is no faster; a small graph like that of `mini`, compiled for any, is a fifth slower.
 ANY_BATCH_BYTES = 256 << 20
+# Bytes at the peak per byte of float32 weights: kept in bfloat16, mapped and packed; and for each other shape of a small graph.
+NARROW, ANOTHER_SHAPE = 1.1, 2.1
 
 
 class OpenVinoEngine:
@@ -37,8 +41,16 @@ class OpenVinoEngine:
         ports = (*self._model.inputs, *self._model.outputs)  # a tensor may have several names
         check_names(Path(path), spec, [next(filter(spec.tensor, port.names), port.any_name) for port in ports])
         self._any_batch = static and _constant_bytes(self._model) >= ANY_BATCH_BYTES
+        if self._any_batch and self._config["INFERENCE_PRECISION_HINT"] == "bf16":
+            narrow = self._try("load", lambda: in_bfloat16(self._model, path, self._cache))
+            if self._cache:
+                trim_folder(self._cache, CACHE_BYTES)
+            if narrow:      # compiled in seconds from a file of the cache: nothing is gained by another file
+                self._model, self._cache = narrow, None
+                give_back()
         if not static:
             self._request_for({})
+            self._model = None
 
     @staticmethod
     def problem():
@@ -52,6 +64,14 @@ class OpenVinoEngine:
     def computes_in(precision):
         """Return the number format that UNet and VAE decoder are computed in here: "bfloat16" or "float32"."""
         return "bfloat16" if _config(None, precision)["INFERENCE_PRECISION_HINT"] == "bf16" else "float32"
+
+    @staticmethod
+    def loading(weights, static, precision):
+        """Return bytes at the peak of loading a graph whose weights are `weights` bytes in float32; see memory.Predictor."""
+        if static and weights // 2 < ANY_BATCH_BYTES:
+            return int((PACKED + ANOTHER_SHAPE * (KEPT_SHAPES - 1)) * weights)
+        narrow = static and OpenVinoEngine.computes_in(precision) == "bfloat16"
+        return int((NARROW if narrow else PACKED) * weights)
 
     def inputs(self):
         return self._spec.inputs

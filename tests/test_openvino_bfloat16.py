@@ -1,0 +1,137 @@
+"""bfloat16 in the OpenVINO engine: where it computes in it, what it costs, and the weights that are kept in it on disk."""
+
+import os
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from test_openvino import PROMPT, compiled, drawn_inputs, make_pairs, needs_bfloat16, opened, somebody
+from tiny_bundle import write_tiny_bundle
+
+from pidiff.runtime import Pipeline
+from pidiff.runtime.bundle import Bundle
+from pidiff.runtime.engines import call
+from pidiff.runtime.engines import openvino as engine_module
+from pidiff.runtime.engines.openvino_bfloat16 import _rounded, in_bfloat16
+from pidiff.runtime.engines.openvino_ops import core
+
+core()  # imports openvino as the runtime does
+import openvino
+
+
+pairs = pytest.fixture(make_pairs, scope="module")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return {"fp32": write_tiny_bundle(folder / "32"), "fp16": write_tiny_bundle(folder / "16", "float16")}
+
+
+@pytest.fixture
+def large(monkeypatch, tmp_path):
+    """A tiny graph counts as a large one; returns the folder of its cache."""
+    monkeypatch.setattr(engine_module, "ANY_BATCH_BYTES", 1)
+    monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "openvino"
+
+
+@needs_bfloat16
+def test_only_hot_graphs_are_rounded(bundles):
+    """... so that an enrolled person is the same on every engine, and `full` rounds none."""
+    for precision, rounded in (("auto", {"unet", "vae_decoder"}), ("full", set())):
+        pipe = Pipeline.from_bundle(bundles["fp32"], engine="openvino", precision=precision, threads=1)
+        pipe.generate(somebody(pipe), PROMPT, num_inference_steps=1)
+        kinds = {n: compiled(e).get_property("INFERENCE_PRECISION_HINT").to_string() for n, e in pipe._engines.items()}
+        assert len(kinds) > 7 and {n for n, kind in kinds.items() if kind == "bf16"} == rounded
+
+
+@pytest.mark.parametrize("native, precision, hint", [("bf16", "auto", "bf16"), ("bf16", "full", "f32"), ("f32", "auto", "f32"),
+                                                     ("f16", "auto", "f32")])
+def test_bfloat16_only_where_the_processor_has_it(monkeypatch, native, precision, hint):
+    class Processor:
+        def get_property(self, *_):
+            return getattr(openvino.Type, native)
+
+    monkeypatch.setattr(engine_module, "core", Processor)
+    assert engine_module._config(None, precision)["INFERENCE_PRECISION_HINT"] == hint
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["fused", "standard23"])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_bfloat16_errs_like_pytorchs(pairs, name, size, request):
+    """At most twice the error of PyTorch's autocast to bfloat16, and surely not float32."""
+    if size == "large":
+        request.getfixturevalue("large")
+    torch = pytest.importorskip("torch")
+    parity, pair = pairs(name, "auto", size)
+    got, exact = parity.unet_call(pair)
+    _, rounded = parity.unet_call(pair, torch.bfloat16)
+    for key, value in exact.items():
+        error = np.abs(got[key] - value).max()
+        assert 1e-5 < error <= 2 * np.abs(rounded[key] - value).max() + 2**-8 * np.abs(value).max(), key
+
+
+# --- large graphs ----------------------------------------------------------------------------------------------------
+
+def drawn(bundle, rows=2):
+    """(engine, its picture of the UNet) for the same inputs"""
+    engine = opened(bundle, "unet", static=True, precision="auto")
+    return engine, call(engine, drawn_inputs(bundle.graph("unet"), np.random.default_rng(0), B=rows, P=1))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_weights_are_kept_in_bfloat16(bundles, large, name):
+    """Written once; then, and without a cache, the same numbers, for any number of rows; no float32 copy of a weight is left."""
+    bundle = Bundle.open(bundles[name])
+    engine, first = drawn(bundle)
+    kinds = {op.get_element_type().get_type_name() for op in engine._model.get_ops() if op.get_type_name() == "Constant"}
+    assert "bf16" in kinds and not kinds & {"f16", "f32"}
+    written = {file.name: file.stat().st_mtime_ns for file in large.iterdir()}
+    assert sorted(name.partition(".")[2] for name in written) == ["bin", "xml"]
+    again, second = drawn(bundle)
+    assert {file.name: file.stat().st_mtime_ns for file in large.iterdir()} == written
+    os.environ["PIDIFF_CACHE"] = "off"      # the fixture puts it back
+    _, third = drawn(bundle)
+    full = call(opened(bundle, "unet", static=True), drawn_inputs(bundle.graph("unet"), np.random.default_rng(0), B=2, P=1))
+    for key, value in first.items():
+        assert np.array_equal(value, second[key]) and np.array_equal(value, third[key]) and value.dtype == full[key].dtype
+        assert 0 < np.abs(value.astype(float) - full[key]).max() < 0.05 * np.abs(full[key]).max()
+    call(again, drawn_inputs(bundle.graph("unet"), np.random.default_rng(0), B=3, P=1))
+    assert len(again._requests) == 1
+
+
+@needs_bfloat16
+def test_a_torn_or_other_file_is_made_again(bundles, large, tmp_path):
+    bundle = Bundle.open(bundles["fp32"])
+    _, first = drawn(bundle)
+    (kept,) = large.glob("*.bin")
+    os.truncate(kept, kept.stat().st_size // 2)
+    _, second = drawn(bundle)
+    assert all(np.array_equal(value, second[key]) for key, value in first.items())
+    model = onnx.load(bundle.file("unet.onnx"))
+    onnx.save(model, tmp_path / "other.onnx")
+    assert len(list(large.glob("*.bin"))) == 1
+    in_bfloat16(core().read_model(tmp_path / "other.onnx"), tmp_path / "other.onnx", large)
+    same = (tmp_path / "other.onnx").read_bytes() == bundle.file("unet.onnx").read_bytes()
+    assert len(list(large.glob("*.bin"))) == (1 if same else 2)
+
+
+def test_int8_graphs_are_left_alone(tmp_path):
+    weights = [numpy_helper.from_array(np.ones((4, 4), np.int8), "w"), numpy_helper.from_array(np.float32(0.1), "scale")]
+    nodes = [helper.make_node("DequantizeLinear", ["w", "scale"], ["wide"]), helper.make_node("MatMul", ["x", "wide"], ["y"])]
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 4])] for name in "xy"]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", *ends, weights), opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+              tmp_path / "g.onnx")
+    assert in_bfloat16(core().read_model(tmp_path / "g.onnx"), tmp_path / "g.onnx", None) is None
+
+
+def test_rounding_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).standard_normal((3, 1 << 21)).astype(np.float32) * 1e3
+    values[0, :4] = 1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1e-40          # two ties, a zero with a sign, a denormal
+    got = _rounded(values).data.view(np.uint16)
+    assert np.array_equal(got, torch.from_numpy(values).bfloat16().view(torch.uint16).numpy())
