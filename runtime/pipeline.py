@@ -61,10 +61,9 @@ class Pipeline:
         else:
             self.engine = choose_engine(device, size) if engine == AUTO else engine
             self._engine_class = load_engine(self.engine)
-        if max_memory is not None and self.device == "cuda":
-            self._budget = DeviceBudget(bundle, max_memory, self._keep, sessions=self._compiled is None)
-        else:
-            self._budget = Budget(bundle, max_memory, self._keep, ENGINES[self.engine][2], self._loading)
+        on_gpu = max_memory is not None and self.device == "cuda"
+        self._budget = DeviceBudget(bundle, max_memory, self._keep, sessions=self._compiled is None) if on_gpu else \
+            Budget(bundle, max_memory, self._keep, ENGINES[self.engine][2], self._loading)
         self._engines, self._kept = {}, _Recent(16 if self._keep else 4)
         self._schedule_config = bundle.json("schedule.json")
 

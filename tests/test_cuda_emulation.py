@@ -60,7 +60,7 @@ def attention(library: ctypes.CDLL, name: str, q: Array, k: Array, v: Array, hea
 
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("queries,keys,dim", [(1, 1, 8), (77, 77, 40), (65, 33, 64), (20, 129, 80), (17, 70, 160),
-                                              (5, 9, 23), (70, 64, 100)])  # fmt: skip
+                                              (5, 9, 23), (70, 64, 100), (1030, 70, 40), (1025, 64, 56)])  # fmt: skip
 def test_attention(rng, library, name, queries, keys, dim):
     dtype = dtype_of(name)
     q, k, v = (rng.standard_normal((1, n, 2 * dim)).astype(dtype) for n in (queries, keys, keys))

@@ -1,7 +1,7 @@
 // Launches of the CUDA kernels and the host-pointer versions.
 //
-// State of this file: it is compiled for sm_87, 89, 90 and 120 and its kernels run on the CPU under
-// tests/cuda_emulation; it has not been run on a GPU. benchmarks/gpu_check.sh does that in one command.
+// State of this file: compiled for sm_87, 89, 90 and 120; its kernels run on the CPU under tests/cuda_emulation. On a GPU (an H100) only
+// an earlier form of attention_tensor has run, which fetched a tile after the one before was used up. benchmarks/gpu_check.sh does that in one command.
 #include "kernels/attention_cuda.h"
 
 #include <stdexcept>
@@ -14,16 +14,20 @@
 namespace pidiff {
 namespace {
 
-bool aligned(const void* base, const AttentionParams::Strides& s) {
-  return reinterpret_cast<std::uintptr_t>(base) % 16 == 0 && s.batch % 8 == 0 && s.token % 8 == 0 && s.head % 8 == 0;
+// Whether `count` 16-bit elements at a time lie in aligned words.
+bool aligned(const void* base, const AttentionParams::Strides& s, int count) {
+  return reinterpret_cast<std::uintptr_t>(base) % static_cast<std::uintptr_t>(2 * count) == 0 && s.batch % count == 0 &&
+         s.token % count == 0 && s.head % count == 0;
 }
 
-template <class T, int D>
+template <class T, int Dim, int Tiles>
 void launch_tensor(const AttentionParams& p, cudaStream_t stream) {
-  const bool vectors = p.head_dim % 8 == 0 && aligned(p.k, p.k_stride) && aligned(p.v, p.v_stride);
-  const dim3 grid(static_cast<unsigned>((p.queries + 63) / 64), static_cast<unsigned>(p.heads),
+  const bool vectors = p.head_dim % 8 == 0 && aligned(p.k, p.k_stride, 8) && aligned(p.v, p.v_stride, 8);
+  const bool pairs = p.head_dim % 2 == 0 && aligned(p.q, p.q_stride, 2) && aligned(p.out, p.out_stride, 2);
+  constexpr int Rows = cuda::tensor_queries<Tiles>;
+  const dim3 grid(static_cast<unsigned>((p.queries + Rows - 1) / Rows), static_cast<unsigned>(p.heads),
                   static_cast<unsigned>(p.batch));
-  cuda::launch(cuda::attention_tensor<T, D>, grid, 128, cuda::tensor_shared<D>, stream, p, vectors);
+  cuda::launch(cuda::attention_tensor<T, Dim, Tiles>, grid, 128, cuda::tensor_shared<Dim>, stream, p, vectors, pairs);
 }
 
 template <int D>
@@ -36,12 +40,14 @@ void launch_plain(const AttentionParams& p, cudaStream_t stream) {
 
 template <class T>
 void dispatch_tensor(const AttentionParams& p, cudaStream_t stream) {
-  // The head dims that diffusion UNets have (32, 40, 64, 80, 160) without waste; the rest round up.
-  if (p.head_dim <= 32) return launch_tensor<T, 32>(p, stream);
-  if (p.head_dim <= 48) return launch_tensor<T, 48>(p, stream);
-  if (p.head_dim <= 64) return launch_tensor<T, 64>(p, stream);
-  if (p.head_dim <= 80) return launch_tensor<T, 80>(p, stream);
-  return launch_tensor<T, 160>(p, stream);
+  // The head dims that diffusion UNets have (32, 40, 64, 80, 160) without waste; the rest round up. A block of twice as many
+  // queries reads keys and values half as often, where there are enough queries for all of the GPU and registers for them.
+  const bool many = p.queries >= 1024;
+  if (p.head_dim <= 32) return many ? launch_tensor<T, 32, 2>(p, stream) : launch_tensor<T, 32, 1>(p, stream);
+  if (p.head_dim <= 40) return many ? launch_tensor<T, 40, 2>(p, stream) : launch_tensor<T, 40, 1>(p, stream);
+  if (p.head_dim <= 64) return many ? launch_tensor<T, 64, 2>(p, stream) : launch_tensor<T, 64, 1>(p, stream);
+  if (p.head_dim <= 80) return launch_tensor<T, 80, 1>(p, stream);
+  return launch_tensor<T, 160, 1>(p, stream);
 }
 
 void dispatch_plain(const AttentionParams& p, cudaStream_t stream) {

@@ -1,7 +1,8 @@
 // softmax(scale q k^T) v on the GPU, one block of queries of one (batch, head) per thread block.
 //
 // half, bfloat16: tensor cores, scores and sums in registers as FlashAttention-2 has them (arXiv 2307.08691); keys and
-// values pass through shared memory in tiles. Head dims are padded to the next multiple of 16 only (40 -> 48).
+// values pass through shared memory in tiles, the next of which is copied while one is used. Head dims are padded to the next
+// multiple of 16 in q k^T (40 -> 48), of 8 in what follows.
 // float: plain arithmetic, eight lanes per query; for checking rather than for speed.
 #pragma once
 
@@ -19,146 +20,207 @@ PIDIFF_DEVICE const T* row_of(const void* base, const AttentionParams::Strides& 
   return static_cast<const T*>(base) + batch * stride.batch + token * stride.token + head * stride.head;
 }
 
-// Rows [token, token + Rows) of K or V into shared memory [Rows][Pitch]; what is past the end is zero.
-template <class T, int Rows, int D, int Pitch>
+// Rows [token, token + Rows) of K or V into shared memory [Rows][Pitch], `Columns` of each; what is past the end is zero.
+// There after `wait_copies` and a barrier.
+template <class T, int Rows, int Columns, int Pitch>
 PIDIFF_DEVICE void load_tile(T* to, const void* base, const AttentionParams::Strides& stride, std::int64_t batch,
                              std::int64_t token, std::int64_t head, std::int64_t tokens, int head_dim, bool vectors) {
   if (vectors) {  // 16 bytes at a time: the host found pointers and strides aligned
-    struct alignas(16) Chunk {
-      T element[8];
-    };
-    for (int i = thread_index(); i < Rows * (D / 8); i += thread_count()) {
-      const int row = i / (D / 8), column = i % (D / 8) * 8;
-      Chunk chunk;
-      for (int e = 0; e < 8; ++e) chunk.element[e] = from_float<T>(0.0f);
-      if (token + row < tokens && column < head_dim)
-        chunk = *reinterpret_cast<const Chunk*>(row_of<T>(base, stride, batch, token + row, head) + column);
-      *reinterpret_cast<Chunk*>(to + row * Pitch + column) = chunk;
+    for (int i = thread_index(); i < Rows * (Columns / 8); i += thread_count()) {
+      const int row = i / (Columns / 8), column = i % (Columns / 8) * 8;
+      const bool inside = token + row < tokens && column < head_dim;
+      copy_async(to + row * Pitch + column, inside ? row_of<T>(base, stride, batch, token + row, head) + column : base, inside);
     }
     return;
   }
-  for (int i = thread_index(); i < Rows * D; i += thread_count()) {
-    const int row = i / D, column = i % D;
+  for (int i = thread_index(); i < Rows * Columns; i += thread_count()) {
+    const int row = i / Columns, column = i % Columns;
     const bool inside = token + row < tokens && column < head_dim;
     to[row * Pitch + column] =
         inside ? row_of<T>(base, stride, batch, token + row, head)[column] : from_float<T>(0.0f);
   }
 }
 
-// Shared memory of one block in bytes: a tile of K and one of V. Rows are 8 elements longer than needed, which spreads
-// the fragments' reads over all banks.
-template <int D>
-constexpr int tensor_pitch = D + 8;
-template <int D>
-constexpr int tensor_keys = D <= 96 ? 64 : 32;
-template <int D>
-constexpr int tensor_shared = 2 * tensor_keys<D> * tensor_pitch<D> * 2;
+// Two neighbouring elements of a row, zero past the end; `pairs`: they lie in one aligned word.
+template <class T>
+PIDIFF_DEVICE std::uint32_t load_pair(const T* row, int column, int head_dim, bool pairs) {
+  if (pairs) return column < head_dim ? *reinterpret_cast<const std::uint32_t*>(row + column) : 0u;
+  T pair[2];
+  for (int e = 0; e < 2; ++e) pair[e] = column + e < head_dim ? row[column + e] : from_float<T>(0.0f);
+  return pack(pair[0], pair[1]);
+}
 
-// Blocks: (ceil(queries / 64), heads, batch), 128 threads: four warps of 16 queries.
-template <class T, int D>
-PIDIFF_KERNEL void attention_tensor(AttentionParams p, bool vectors) {
-  constexpr int Keys = tensor_keys<D>, Pitch = tensor_pitch<D>;
-  T* k_tile = reinterpret_cast<T*>(shared_memory());
-  T* v_tile = k_tile + Keys * Pitch;
+// Head dims of the `Dim` dims that a kernel is made for (a multiple of 8), as q k^T takes them: 16 at a time.
+template <int Dim>
+constexpr int tensor_dims = (Dim + 15) / 16 * 16;
+// Shared memory of one block in bytes: two tiles of K and two of V, one being filled while the other is used. Rows are 8 elements
+// longer than needed, which spreads the reads of eight rows over all banks.
+template <int Dim>
+constexpr int tensor_pitch = tensor_dims<Dim> + 8;
+template <int Dim>
+constexpr int tensor_keys = Dim <= 96 ? 64 : 32;
+template <int Dim>
+constexpr int tensor_shared = 4 * tensor_keys<Dim> * tensor_pitch<Dim> * 2;
+// Queries of a block: four warps of `Tiles` times 16.
+template <int Tiles>
+constexpr int tensor_queries = 64 * Tiles;
+
+// Blocks: (ceil(queries / tensor_queries), heads, batch), 128 threads. vectors, pairs: K and V in aligned chunks of 16 bytes, q and
+// out in words of two elements.
+template <class T, int Dim, int Tiles>
+PIDIFF_KERNEL void attention_tensor(AttentionParams p, bool vectors, bool pairs) {
+  constexpr int Keys = tensor_keys<Dim>, Pitch = tensor_pitch<Dim>, Dims = tensor_dims<Dim>, Stage = 2 * Keys * Pitch;
+  constexpr int Outs = Dim / 8;
+  T* const shared = reinterpret_cast<T*>(shared_memory());
   const int lane = thread_index() % kWarp, group = lane / 4, quad = lane % 4;
   const int head_dim = static_cast<int>(p.head_dim);
   const std::int64_t head = block_y(), batch = block_z();
-  const std::int64_t row0 = block_x() * 64 + thread_index() / kWarp * 16 + group;
+  const std::int64_t row0 = (block_x() * 4 + thread_index() / kWarp) * (16 * Tiles) + group;
 
-  std::uint32_t q[D / 16][4];
-  for (int kk = 0; kk < D / 16; ++kk)
-    for (int i = 0; i < 4; ++i) {
-      const std::int64_t row = row0 + i % 2 * 8;
-      const int column = kk * 16 + i / 2 * 8 + quad * 2;
-      T pair[2];
-      for (int e = 0; e < 2; ++e)
-        pair[e] = row < p.queries && column + e < head_dim
-                      ? row_of<T>(p.q, p.q_stride, batch, row, head)[column + e]
-                      : from_float<T>(0.0f);
-      q[kk][i] = pack(pair[0], pair[1]);
-    }
+  const auto fetch = [&](std::int64_t token, int stage) {
+    T* to = shared + stage * Stage;
+    load_tile<T, Keys, Dims, Pitch>(to, p.k, p.k_stride, batch, token, head, p.keys, head_dim, vectors);
+    load_tile<T, Keys, Dim, Pitch>(to + Keys * Pitch, p.v, p.v_stride, batch, token, head, p.keys, head_dim, vectors);
+  };
+  fetch(0, 0);
 
-  float sum[D / 8][4];
-  for (auto& tile : sum)
-    for (float& value : tile) value = 0.0f;
-  // Index 0: row `group` of the warp's 16; index 1: row `group + 8`.
-  float top[2] = {-3.0e38f, -3.0e38f}, total[2] = {0.0f, 0.0f};
+  std::uint32_t q[Tiles][Dims / 16][4];
+#pragma unroll
+  for (int t = 0; t < Tiles; ++t)
+#pragma unroll
+    for (int kk = 0; kk < Dims / 16; ++kk)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::int64_t row = row0 + t * 16 + i % 2 * 8;
+        q[t][kk][i] = row < p.queries ? load_pair(row_of<T>(p.q, p.q_stride, batch, row, head),
+                                                  kk * 16 + i / 2 * 8 + quad * 2, head_dim, pairs)
+                                      : 0u;
+      }
+
+  float sum[Tiles][Outs][4], top[Tiles][2], total[Tiles][2];
+#pragma unroll
+  for (int t = 0; t < Tiles; ++t) {
+    for (auto& tile : sum[t])
+      for (float& value : tile) value = 0.0f;
+    // Index 0: row `group` of 16; index 1: row `group + 8`.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top[t][r] = -3.0e38f, total[t][r] = 0.0f;
+  }
   const float factor = p.scale * kLog2e;
 
-  for (std::int64_t t0 = 0; t0 < p.keys; t0 += Keys) {
-    sync_block();  // the tile before is used up
-    load_tile<T, Keys, D, Pitch>(k_tile, p.k, p.k_stride, batch, t0, head, p.keys, head_dim, vectors);
-    load_tile<T, Keys, D, Pitch>(v_tile, p.v, p.v_stride, batch, t0, head, p.keys, head_dim, vectors);
-    sync_block();
+  int stage = 0;
+  for (std::int64_t t0 = 0; t0 < p.keys; t0 += Keys, stage ^= 1) {
+    wait_copies();
+    sync_block();  // this tile is there, and the one before is used up
+    if (t0 + Keys < p.keys) fetch(t0 + Keys, stage ^ 1);
+    const T* k_tile = shared + stage * Stage;
+    const T* v_tile = k_tile + Keys * Pitch;
 
-    float score[Keys / 8][4];
+    float score[Tiles][Keys / 8][4];
 #pragma unroll
-    for (int j = 0; j < Keys / 8; ++j) {
-      for (float& value : score[j]) value = 0.0f;
-      const T* row = k_tile + (j * 8 + group) * Pitch + quad * 2;
+    for (int j = 0; j < Keys / 8; j += 2) {
 #pragma unroll
-      for (int kk = 0; kk < D / 16; ++kk) {
-        const std::uint32_t b[2] = {*reinterpret_cast<const std::uint32_t*>(row + kk * 16),
-                                    *reinterpret_cast<const std::uint32_t*>(row + kk * 16 + 8)};
-        multiply_add(score[j], q[kk], b, T{});
+      for (int t = 0; t < Tiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) score[t][j + i / 4][i % 4] = 0.0f;
+#pragma unroll
+      for (int kk = 0; kk < Dims / 16; ++kk) {
+        std::uint32_t b[2][2];  // of 16 keys
+        load_matrices(b, k_tile + (j * 8 + lane / 16 * 8 + lane % 8) * Pitch + kk * 16 + lane / 8 % 2 * 8);
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) {
+          multiply_add(score[t][j], q[t][kk], b[0], T{});
+          multiply_add(score[t][j + 1], q[t][kk], b[1], T{});
+        }
       }
     }
+    if (t0 + Keys > p.keys)
+#pragma unroll
+      for (int j = 0; j < Keys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (t0 + j * 8 + quad * 2 + i % 2 >= p.keys)
+#pragma unroll
+            for (int t = 0; t < Tiles; ++t) score[t][j][i] = -3.0e38f;
 
-    float higher[2] = {top[0], top[1]};
+    float highest[Tiles][2];  // times factor
 #pragma unroll
-    for (int j = 0; j < Keys / 8; ++j)
-      for (int i = 0; i < 4; ++i) {
-        const bool inside = t0 + j * 8 + quad * 2 + i % 2 < p.keys;
-        score[j][i] = inside ? score[j][i] * factor : -3.0e38f;
-        higher[i / 2] = fmaxf(higher[i / 2], score[j][i]);
-      }
-    for (int r = 0; r < 2; ++r) {
-      higher[r] = fmaxf(higher[r], exchange_xor(higher[r], 1));
-      higher[r] = fmaxf(higher[r], exchange_xor(higher[r], 2));
-      const float keep = exp2f(top[r] - higher[r]);
-      top[r] = higher[r];
-      total[r] *= keep;
+    for (int t = 0; t < Tiles; ++t)
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        sum[j][2 * r] *= keep;
-        sum[j][2 * r + 1] *= keep;
+      for (int r = 0; r < 2; ++r) {
+        float higher = top[t][r];
+#pragma unroll
+        for (int j = 0; j < Keys / 8; ++j) higher = fmaxf(higher, fmaxf(score[t][j][2 * r], score[t][j][2 * r + 1]));
+        higher = fmaxf(higher, exchange_xor(higher, 1));
+        higher = fmaxf(higher, exchange_xor(higher, 2));
+        const float keep = exp2_fast((top[t][r] - higher) * factor);
+        top[t][r] = higher;
+        highest[t][r] = higher * factor;
+        total[t][r] *= keep;
+#pragma unroll
+        for (int j = 0; j < Outs; ++j) {
+          sum[t][j][2 * r] *= keep;
+          sum[t][j][2 * r + 1] *= keep;
+        }
       }
-    }
 
 #pragma unroll
     for (int kk = 0; kk < Keys / 16; ++kk) {
       // Two score tiles of [16, 8] are one `a` operand of [16, 16].
-      std::uint32_t a[4];
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &score[2 * kk + i / 2][i % 2 * 2];
-        const float low = exp2f(pair[0] - top[i % 2]), high = exp2f(pair[1] - top[i % 2]);
-        total[i % 2] += low + high;
-        a[i] = pack(from_float<T>(low), from_float<T>(high));
-      }
+      std::uint32_t a[Tiles][4];
+#pragma unroll
+      for (int t = 0; t < Tiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &score[t][2 * kk + i / 2][i % 2 * 2];
+          const float low = exp2_fast(fmaf(pair[0], factor, -highest[t][i % 2]));
+          const float high = exp2_fast(fmaf(pair[1], factor, -highest[t][i % 2]));
+          total[t][i % 2] += low + high;
+          a[t][i] = pack_floats<T>(low, high);
+        }
       const T* row = v_tile + (kk * 16 + lane % 16) * Pitch;
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
+      for (int j = 0; j + 1 < Outs; j += 2) {
+        std::uint32_t b[2][2];  // of 16 dims
+        load_transposed(b, row + (j + lane / 16) * 8);
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) {
+          multiply_add(sum[t][j], a[t], b[0], T{});
+          multiply_add(sum[t][j + 1], a[t], b[1], T{});
+        }
+      }
+      if constexpr (Outs % 2 == 1) {
         std::uint32_t b[2];
-        load_transposed(b, row + j * 8);
-        multiply_add(sum[j], a, b, T{});
+        load_transposed(b, row + (Outs - 1) * 8);
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) multiply_add(sum[t][Outs - 1], a[t], b, T{});
       }
     }
   }
 
-  for (int r = 0; r < 2; ++r) {
-    total[r] += exchange_xor(total[r], 1);
-    total[r] += exchange_xor(total[r], 2);
-    const std::int64_t row = row0 + r * 8;
-    if (row >= p.queries) continue;
-    T* out = static_cast<T*>(p.out) + batch * p.out_stride.batch + row * p.out_stride.token + head * p.out_stride.head;
-    const float inverse = 1.0f / total[r];
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j)
-      for (int e = 0; e < 2; ++e) {
-        const int column = j * 8 + quad * 2 + e;
-        if (column < head_dim) out[column] = from_float<T>(sum[j][2 * r + e] * inverse);
+  for (int t = 0; t < Tiles; ++t)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[t][r] += exchange_xor(total[t][r], 1);
+      total[t][r] += exchange_xor(total[t][r], 2);
+      const std::int64_t row = row0 + t * 16 + r * 8;
+      if (row >= p.queries) continue;
+      T* out = static_cast<T*>(p.out) + batch * p.out_stride.batch + row * p.out_stride.token + head * p.out_stride.head;
+      const float inverse = 1.0f / total[t][r];
+#pragma unroll
+      for (int j = 0; j < Outs; ++j) {
+        const int column = j * 8 + quad * 2;
+        const float* pair = &sum[t][j][2 * r];
+        if (pairs) {
+          if (column < head_dim) *reinterpret_cast<std::uint32_t*>(out + column) = pack_floats<T>(pair[0] * inverse, pair[1] * inverse);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (column + e < head_dim) out[column + e] = from_float<T>(pair[e] * inverse);
+        }
       }
-  }
+    }
 }
 
 constexpr int kPlainKeys = 16, kPlainLanes = 8, kPlainQueries = 16;

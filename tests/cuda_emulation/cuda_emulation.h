@@ -56,6 +56,13 @@ struct Block {
   std::vector<float> value;
   std::vector<const void*> pointer;
   std::vector<std::uint32_t> fragment;  // six words each: a, b
+  // Asynchronous copies of each thread that it has not waited for.
+  struct Copy {
+    void* to;
+    const void* from;
+    bool inside;
+  };
+  std::vector<std::vector<Copy>> copies;
 };
 
 constexpr std::size_t kStackBytes = 64 * 1024;
@@ -94,6 +101,7 @@ inline void run_block(dim3 index, int threads, std::size_t shared_bytes, const s
   own.value.resize(count);
   own.pointer.resize(count);
   own.fragment.resize(count * 6);
+  own.copies.resize(count);
   for (std::size_t i = 0; i < count; ++i) {
     getcontext(&own.fibers[i]);
     own.stacks[i].reset(new char[kStackBytes]);  // not cleared: most of it is never touched
@@ -176,6 +184,13 @@ std::uint32_t pack(T low, T high) {
 }
 
 template <class T>
+std::uint32_t pack_floats(float low, float high) {
+  return pack(from_float<T>(low), from_float<T>(high));
+}
+
+inline float exp2_fast(float value) { return std::exp2(value); }
+
+template <class T>
 float element(std::uint32_t word, int index) {
   return to_float(T{static_cast<std::uint16_t>(word >> (16 * index))});
 }
@@ -200,21 +215,37 @@ void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_
   sync_warp();
 }
 
-// ldmatrix.x2.trans: lane 8 m + r names row r of matrix m; a lane receives elements (2t, g) and (2t + 1, g).
-inline void load_transposed(std::uint32_t (&b)[2], const void* row) {
-  const int warp = thread_index() / 32 * 32, lane = thread_index() % 32;
-  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) std::abort();
+// ldmatrix: lane 8 m + r names row r of matrix m; a lane receives elements (g, 2t) and (g, 2t + 1), transposed (2t, g) and (2t + 1, g).
+inline void load_words(std::uint32_t* words, int matrices, const void* row, bool transposed) {
+  const int warp = thread_index() / 32 * 32, lane = thread_index() % 32, group = lane / 4, quad = lane % 4;
+  if (lane < matrices * 8 && reinterpret_cast<std::uintptr_t>(row) % 16 != 0) std::abort();
   block->pointer[static_cast<std::size_t>(thread_index())] = row;
   sync_warp();
-  for (int m = 0; m < 2; ++m) {
+  for (int m = 0; m < matrices; ++m) {
     std::uint16_t pair[2];
     for (int e = 0; e < 2; ++e) {
-      const void* from = block->pointer[static_cast<std::size_t>(warp + m * 8 + lane % 4 * 2 + e)];
-      std::memcpy(&pair[e], static_cast<const char*>(from) + lane / 4 * 2, 2);
+      const int r = transposed ? quad * 2 + e : group, column = transposed ? group : quad * 2 + e;
+      const void* from = block->pointer[static_cast<std::size_t>(warp + m * 8 + r)];
+      std::memcpy(&pair[e], static_cast<const char*>(from) + column * 2, 2);
     }
-    b[m] = static_cast<std::uint32_t>(pair[0]) | static_cast<std::uint32_t>(pair[1]) << 16;
+    words[m] = static_cast<std::uint32_t>(pair[0]) | static_cast<std::uint32_t>(pair[1]) << 16;
   }
   sync_warp();
+}
+inline void load_matrices(std::uint32_t (&b)[2][2], const void* row) { load_words(b[0], 4, row, false); }
+inline void load_transposed(std::uint32_t (&b)[2][2], const void* row) { load_words(b[0], 4, row, true); }
+inline void load_transposed(std::uint32_t (&b)[2], const void* row) { load_words(b, 2, row, true); }
+
+// cp.async: nothing is there before the thread has waited.
+inline void copy_async(void* to, const void* from, bool inside) {
+  const auto unaligned = [](const void* at) { return reinterpret_cast<std::uintptr_t>(at) % 16 != 0; };
+  if (unaligned(to) || unaligned(from)) std::abort();
+  block->copies[static_cast<std::size_t>(thread_index())].push_back({to, from, inside});
+}
+inline void wait_copies() {
+  auto& mine = block->copies[static_cast<std::size_t>(thread_index())];
+  for (const auto& copy : mine) copy.inside ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+  mine.clear();
 }
 
 // --- cuda_launch.cuh ------------------------------------------------------------------------------------------------
