@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from tqdm import tqdm
 
 from pidiff.data.factors import COLOURS, EXPRESSIONS, POSES, SCENES, STYLES, Factors, caption
 from pidiff.runtime.bundle import Bundle
@@ -25,6 +26,7 @@ from .verify import open_session
 
 BOUND = 0.03                # of the UNet's result, root mean square
 PICTURES, LEVELS = 6, 6     # pictures drawn, and noise levels kept of each
+RANKING, RANKING_LARGE = 6, 2   # calls by which single layers are ranked, and of models of Stable Diffusion's size
 SMALL_SIDE = 16             # latent pixels on which layers of UNets that take any size are compared, for time
 _THREADS = 2
 
@@ -85,7 +87,7 @@ def calibrate(bundle: Bundle, average: np.ndarray, weights: str, report: Callabl
     layers = find_layers(ir.load(path), root, weights)
     store_weights(root, layers.values())
     with _Switched(bundle, path, weights, ranges) as switched:
-        kept, error = choose(switched.error, list(layers), _smaller(bundle, calls))
+        kept, error = choose(switched.error, list(layers), _smaller(bundle, calls), RANKING_LARGE if _is_large(bundle) else RANKING)
     layers = {name: layer for name, layer in layers.items() if name not in kept}
     if not layers:
         raise ExportError(f"int8 must change the UNet's result by at most {BOUND:g}, got more with any of its layers")
@@ -97,7 +99,7 @@ def record(bundle: Bundle, average: np.ndarray) -> list[Inputs]:
     """Inputs of the UNet from the sampling loop, at LEVELS noise levels of each of PICTURES pictures; of models of Stable
     Diffusion's size, whose pictures take minutes, at FEW_STEPS steps of two."""
     pipeline, rng = _RecordingPipeline(bundle, "onnxruntime", threads=_THREADS), np.random.default_rng(0)
-    large = sum(f.size for name, f in bundle.manifest.files.items() if name.startswith("unet/")) > 2 * LARGE
+    large = _is_large(bundle)
     steps = FEW_STEPS if large else bundle.manifest.scheduler.get("num_inference_steps", 20)
     unet = pipeline._graph("unet")
     for seed in range(2 if large else PICTURES):
@@ -105,6 +107,10 @@ def record(bundle: Bundle, average: np.ndarray) -> list[Inputs]:
         person = (average + 0.35 * rng.standard_normal(average.shape[-1])).astype(np.float32)
         pipeline.generate(Identity(person), _prompt(seed, rng), seed=seed, num_inference_steps=steps)
     return unet.calls
+
+
+def _is_large(bundle: Bundle) -> bool:
+    return sum(f.size for name, f in bundle.manifest.files.items() if name.startswith("unet/")) > 2 * LARGE
 
 
 def _prompt(index: int, rng: np.random.Generator) -> str:
@@ -123,10 +129,13 @@ def _ranges(bundle: Bundle, path: Path, weights: str, calls: list[Inputs]) -> di
     return {layer: (largest[x], largest[y]) for layer, (x, y) in names.items()}
 
 
-def choose(error: Callable[[np.ndarray, list[Inputs]], float], names: list[str], calls: list[Inputs]) -> tuple[dict[str, str], float]:
-    """Layers to keep -> why, and the error of all others together. `error` is that of the layers that are switched on."""
-    few = calls[::max(1, len(calls) // LEVELS)]
-    alone = {name: error(np.arange(len(names)) == i, few) for i, name in enumerate(names)}
+def choose(error: Callable[[np.ndarray, list[Inputs]], float], names: list[str], calls: list[Inputs],
+           ranking: int = RANKING) -> tuple[dict[str, str], float]:
+    """Layers to keep -> why, and the error of all others together. `error` is that of the layers that are switched on; ranking: calls
+    by which single layers are compared."""
+    few = calls[::max(1, len(calls) // ranking)][:ranking]
+    bar = tqdm(names, "int8 layers", leave=False, disable=None)
+    alone = {name: error(np.arange(len(names)) == i, few) for i, name in enumerate(bar)}
     order = sorted(names, key=lambda name: -alone[name])
     together = lambda kept: error(np.array([n not in order[:kept] for n in names]), calls)
     low, high = 0, len(order)               # the fewest that do lie in (low - 1, high]: the error falls with every layer kept

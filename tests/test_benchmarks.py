@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 run = pytest.importorskip("benchmarks.run")
 rivals = run.table
+ablation = pytest.importorskip("benchmarks.ablation")
 
 
 def test_names_of_the_first_release_are_read_back():
@@ -104,3 +105,14 @@ def test_pidiff_worker_draws_a_person(tmp_path):
     assert "error" not in result and result["engine"] == "onnxruntime" and result["shape"] == [1, 128, 128, 3]
     assert [len(r["step_s"]) for r in result["rows"]] == [0, 1] and 0 < result["enroll_warm_s"] < result["first_s"]
     assert np.load(tmp_path / "picture.npy").dtype == np.uint8
+
+
+def test_disruption_at_equal_similarity():
+    """Half of the rival's disruption for every similarity, in every draw; who never gets there is said to."""
+    def curve(slope, best):
+        return [{"person": str(p), "id_scale": s, "id_start": start, "similarity": 0.1 + 0.01 * p + best * s, "disruption": slope * best * s + start}
+                for p in range(5) for s in (0.0, 0.5, 1.0) for start in (0.0, 0.4)]
+
+    lines = ablation.equal_similarity({"ours": curve(5, 0.8), "W+ Adapter": curve(10, 0.4), "weak": curve(5, 0.2)}, draws=20)
+    assert lines == ["W+ Adapter at id_scale 1: similarity 0.520, disruption 4.00 (5 people). Disruption at that similarity, as a share of it:",
+                     "ours 0.50 (0.50 - 0.50; not reached in 0% of the draws).", "weak nan (nan - nan; not reached in 100% of the draws)."]

@@ -7,7 +7,6 @@ Stable Diffusion's UNet needs.
 import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -107,12 +106,17 @@ def _key(path, version):
 
 
 def _save(model, file):
-    """Write a model and its weights beside it; returns whether that went well. Nothing half-written is left."""
+    """Write a model and its weights beside it; returns whether that went well. What a kill leaves half-written goes when the cache is trimmed."""
     import openvino
 
-    with contextlib.suppress(OSError, RuntimeError), tempfile.TemporaryDirectory(prefix=".part-", dir=file.parent) as part:
-        openvino.save_model(model, Path(part) / "model.xml", compress_to_fp16=False)
+    part = file.with_name(f".{file.stem}-{os.getpid()}.xml")
+    try:
+        openvino.save_model(model, part, compress_to_fp16=False)
         for end in (".bin", ".xml"):    # the graph last: where it is, its weights are
-            os.replace(Path(part) / f"model{end}", file.with_suffix(end))
+            os.replace(part.with_suffix(end), file.with_suffix(end))
         return True
-    return False
+    except (OSError, RuntimeError):
+        return False
+    finally:
+        for end in (".bin", ".xml"):
+            part.with_suffix(end).unlink(missing_ok=True)
