@@ -120,6 +120,20 @@ def test_a_torn_or_other_file_is_made_again(bundles, large, tmp_path):
     assert len(list(large.glob("*.bin"))) == (1 if same else 2)
 
 
+@needs_bfloat16
+def test_a_full_disk_is_no_error(bundles, large, monkeypatch):
+    def fail(model, path, **_):
+        path.with_suffix(".bin").write_bytes(b"half")
+        raise RuntimeError("no space")
+
+    _, first = drawn(Bundle.open(bundles["fp32"]))
+    for file in large.iterdir():
+        file.unlink()
+    monkeypatch.setattr(openvino, "save_model", fail)
+    _, second = drawn(Bundle.open(bundles["fp32"]))
+    assert all(np.array_equal(value, second[key]) for key, value in first.items()) and not list(large.iterdir())
+
+
 def test_int8_graphs_are_left_alone(tmp_path):
     weights = [numpy_helper.from_array(np.ones((4, 4), np.int8), "w"), numpy_helper.from_array(np.float32(0.1), "scale")]
     nodes = [helper.make_node("DequantizeLinear", ["w", "scale"], ["wide"]), helper.make_node("MatMul", ["x", "wide"], ["y"])]
