@@ -1,7 +1,7 @@
 """What tuning a person's code on a few photos brings: python -m benchmarks.personalize_gain --data DATA --embedder FILE.onnx --people 20
 
-Of each test person's pictures the last is held out, the others are enrolled in four ways: the first alone, the mean of all codes, and
-`pidiff-train personalize` with the offset alone and with keys and values. The same prompts and seeds are then drawn with each, and compared with the held-out picture and with
+Of each test person's pictures the last is held out, the others are enrolled in three ways: the first alone, the mean of all codes, and
+`pidiff-train personalize`; with `--rank`, also with keys and values. The same prompts and seeds are then drawn with each, and compared with the held-out picture and with
 what the prompt named; intervals are over people, also of the differences.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
     factors = FactorReader(tools, known, list(known.images[::3]))
     people, model = load_people(args.data, SIZE, args.split), load_model(generator.pipeline.bundle.path)
     groups = [i for i in people.variants().values() if len(i) > 2][:args.people]
-    scores: dict[str, list[dict]] = {"one photo": [], "mean code": [], "offset": [], "personalized": []}
+    scores: dict[str, list[dict]] = {"one photo": [], "mean code": [], "personalized": [], **({"with keys and values": []} if args.rank else {})}
     seconds = []
     for index in tqdm(groups, desc="people", disable=None):
         held_out = tools.embed(people.images[index[-1]])
@@ -67,10 +67,11 @@ def main() -> None:
         photos = Photos.read(generator.pipeline, [people.images[i] for i in index[:-1]])
         started = time.perf_counter()
         options = PersonalizeOptions(args.steps, learning_rate=args.learning_rate, rank=args.rank, rank_learning_rate=args.rank_learning_rate)
-        whole = tuned(model, photos, options, generator.pipeline.bundle.adapter_id())
+        people_of_ways = [Identity(photos.codes[0]), Identity(photos.codes.mean(0)), tuned(model, photos, dataclasses.replace(options, rank=0))]
         seconds.append(time.perf_counter() - started)
-        offset = tuned(model, photos, dataclasses.replace(options, rank=0))
-        for way, person in zip(scores, (Identity(photos.codes[0]), Identity(photos.codes.mean(0)), offset, whole)):
+        if args.rank:
+            people_of_ways.append(tuned(model, photos, options, generator.pipeline.bundle.adapter_id()))
+        for way, person in zip(scores, people_of_ways):
             scores[way].append(draw_and_score(generator, tools, factors, person, held_out, range(args.prompts)))
     print(report(scores, seconds, args.out))
 
@@ -81,7 +82,7 @@ def report(scores: dict[str, list[dict]], seconds: list[float], out: Path | None
     for way, rows in scores.items():
         cells = [metrics.interval([r[name] for r in rows], names, rng) for name in SCORES]
         lines.append(f"| {way} | " + " | ".join("-" if c["mean"] is None else f"{c['mean']:.3f} ({c['low']:.3f} - {c['high']:.3f})" for c in cells) + " |")
-    for way in ("one photo", "mean code", "offset"):
+    for way in (way for way in scores if way != "personalized"):
         gain = metrics.interval([a[SCORES[0]] - b[SCORES[0]] for a, b in zip(scores["personalized"], scores[way])], names, rng)
         lines.append(f"\npersonalized - {way}: {gain['mean']:+.3f} ({gain['low']:+.3f} - {gain['high']:+.3f})")
     lines.append(f"\n{np.median(seconds):.1f} s of tuning a person (median), {len(seconds)} people")

@@ -41,7 +41,7 @@ def test_photos_are_aligned_at_the_models_size_and_masked(photos):
 
 def test_the_code_moves_every_level_and_the_model_stays(model, photos):
     before = [p.clone() for p in (*model.unet.parameters(), *model.adapter.parameters())]
-    options = PersonalizeOptions(steps=3, batch_size=2)
+    options = PersonalizeOptions(steps=3, batch_size=2, rank=4)
     person = tuned(model, photos, options)
     code = person.w_plus
     assert code.shape == photos.codes[0].shape and code.dtype == np.float32
@@ -52,7 +52,7 @@ def test_the_code_moves_every_level_and_the_model_stays(model, photos):
     for name, value in person.tuning.tensors().items():
         np.testing.assert_array_equal(value, again.tuning.tensors()[name])
     assert all(np.abs(value).max() > 1e-5 for value in person.tuning.tensors().values())
-    assert tuned(model, photos, PersonalizeOptions(steps=1, batch_size=1, rank=0)).tuning is None
+    assert tuned(model, photos, PersonalizeOptions(steps=1, batch_size=1)).tuning is None
 
 
 def test_decay_holds_the_code_back(model, photos):
@@ -91,7 +91,7 @@ def test_the_runtime_adds_what_was_learned(pipeline, model, photos):
 
 
 def test_a_tuned_person_is_a_small_file(pipeline, model, photos, tmp_path):
-    person = tuned(model, photos, PersonalizeOptions(steps=1, batch_size=1), pipeline.bundle.adapter_id())
+    person = tuned(model, photos, PersonalizeOptions(steps=1, batch_size=1, rank=4), pipeline.bundle.adapter_id())
     person.save(tmp_path / "me.safetensors")
     assert (tmp_path / "me.safetensors").stat().st_size < 1 << 20
     back = Identity.load(tmp_path / "me.safetensors")

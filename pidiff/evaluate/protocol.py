@@ -17,7 +17,7 @@ from .readers import FactorReader, FaceTools
 from .subjects import Subject
 
 LEVEL_PEOPLE = 20                # people on whom single level groups are switched: four pictures each
-ID_SCALES, ID_STARTS = (0.0, 0.5, 0.75, 1.0, 1.25), (0.0, 0.2, 0.4)
+ID_SCALES, ID_STARTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25), (0.0, 0.2, 0.4)
 PATTERNS = (                                    # {} takes a colour
     Factors("photo", "{}"), Factors("photo", "{}", "smiling"), Factors("black and white photo"), Factors("watercolour painting", "{}"),
     Factors("photo", "{}", "serious"), Factors("sepia photo"), Factors("photo", "beach", None, "straight ahead"),
