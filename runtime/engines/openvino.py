@@ -18,7 +18,7 @@ CACHE_BYTES = 8 << 30
 # is no faster; a small graph like that of `mini`, compiled for any, is a fifth slower.
 ANY_BATCH_BYTES = 256 << 20
 # Bytes at the peak per byte of float32 weights: kept in bfloat16, mapped and packed; and for each other shape of a small graph.
-NARROW, ANOTHER_SHAPE = 1.1, 2.1
+NARROW, ANOTHER_SHAPE = 1.15, 2.1
 
 
 class OpenVinoEngine:
@@ -38,8 +38,7 @@ class OpenVinoEngine:
         self._config, self._cache = _config(threads, precision), private_cache("openvino")
         self._bound, self._request, self._requests = {}, None, OrderedDict()
         self._model = self._try("load", lambda: core().read_model(path))
-        ports = (*self._model.inputs, *self._model.outputs)  # a tensor may have several names
-        check_names(Path(path), spec, [next(filter(spec.tensor, port.names), port.any_name) for port in ports])
+        check_names(Path(path), spec, _names(self._model, spec))
         self._any_batch = static and _constant_bytes(self._model) >= ANY_BATCH_BYTES
         if self._any_batch and self._config["INFERENCE_PRECISION_HINT"] == "bf16":
             narrow = self._try("load", lambda: in_bfloat16(self._model, path, self._cache))
@@ -133,6 +132,11 @@ def _config(threads, precision):
     return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
             "EXECUTION_MODE_HINT": "PERFORMANCE" if low else "ACCURACY",
             **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+
+
+def _names(model, spec):
+    """Return the names of a model's inputs and outputs, those of the spec where a tensor has several."""
+    return [next(filter(spec.tensor, port.names), port.any_name) for port in (*model.inputs, *model.outputs)]
 
 
 def _constant_bytes(model):
