@@ -20,7 +20,7 @@ from .engines import AUTO, ENGINES, PRECISIONS, bind_new, call, choose_engine, f
 from .errors import EngineError, NotFinite, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
-from .memory import PACKED, STAGE_OF, Budget, check_limit, give_back
+from .memory import STAGE_OF, Budget, check_limit, give_back
 from .options import Options, check_levels, resolve_mask, resolve_people, resolve_seeds
 from .presets import resolve_preset
 from .result import Result
@@ -311,8 +311,8 @@ class Pipeline:
 
     def _loading(self, name, weights):
         """Return bytes at the peak of loading a graph whose weights have `weights` bytes in float32; see memory.Predictor."""
-        loading, hot = getattr(self._engine_class, "loading", None), name in HOT_GRAPHS
-        return loading(weights, hot, self.precision if hot else "full") if loading else PACKED * weights
+        hot = name in HOT_GRAPHS
+        return self._engine_class.loading(weights, hot, self.precision if hot else "full")
 
     def _load(self, name):
         if self._compiled and name in self._compiled:

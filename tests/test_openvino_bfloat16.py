@@ -84,7 +84,7 @@ def drawn(bundle, rows=2):
 
 @needs_bfloat16
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
-def test_weights_are_kept_in_bfloat16(bundles, large, name):
+def test_weights_are_kept_in_bfloat16(bundles, large, name, monkeypatch):
     """Written once; then, and without a cache, the same numbers, for any number of rows; no float32 copy of a weight is left."""
     bundle = Bundle.open(bundles[name])
     engine, first = drawn(bundle)
@@ -94,7 +94,7 @@ def test_weights_are_kept_in_bfloat16(bundles, large, name):
     assert sorted(name.partition(".")[2] for name in written) == ["bin", "xml"]
     again, second = drawn(bundle)
     assert {file.name: file.stat().st_mtime_ns for file in large.iterdir()} == written
-    os.environ["PIDIFF_CACHE"] = "off"      # the fixture puts it back
+    monkeypatch.setenv("PIDIFF_CACHE", "off")
     _, third = drawn(bundle)
     full = call(opened(bundle, "unet", static=True), drawn_inputs(bundle.graph("unet"), np.random.default_rng(0), B=2, P=1))
     for key, value in first.items():
@@ -113,11 +113,10 @@ def test_a_torn_or_other_file_is_made_again(bundles, large, tmp_path):
     _, second = drawn(bundle)
     assert all(np.array_equal(value, second[key]) for key, value in first.items())
     model = onnx.load(bundle.file("unet.onnx"))
+    model.doc_string = "another"
     onnx.save(model, tmp_path / "other.onnx")
-    assert len(list(large.glob("*.bin"))) == 1
     in_bfloat16(core().read_model(tmp_path / "other.onnx"), tmp_path / "other.onnx", large)
-    same = (tmp_path / "other.onnx").read_bytes() == bundle.file("unet.onnx").read_bytes()
-    assert len(list(large.glob("*.bin"))) == (1 if same else 2)
+    assert len(list(large.glob("*.bin"))) == 2
 
 
 @needs_bfloat16

@@ -60,6 +60,11 @@ def test_decay_holds_the_code_back(model, photos):
     assert np.abs(held - photos.codes[0]).mean() < 0.7 * np.abs(free - photos.codes[0]).mean()
 
 
+def test_what_was_learned_is_divided_by_the_guidance(model, photos):
+    once, halved = (tuned(model, photos, PersonalizeOptions(steps=2, batch_size=1, guidance_scale=g)).w_plus for g in (1.0, 2.0))
+    np.testing.assert_allclose(once - photos.codes[0], 2 * (halved - photos.codes[0]), atol=1e-5)
+
+
 def test_the_command_writes_an_identity_that_the_pipeline_takes(pipeline, tmp_path):
     out = tmp_path / "me.safetensors"
     assert main(["personalize", str(PHOTO), "--steps", "1", "--batch-size", "1", "--out", str(out)]) == 0

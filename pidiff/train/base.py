@@ -207,10 +207,7 @@ class BaseLoss:
     def weight(self, task: "Task") -> Tensor:
         """Loss weight [B, C, 1, 1]: one over the variance of the target. Channels run from coarse structure to fine texture,
         with variances a hundredfold apart; unweighted, texture is never learned and pictures stay noisy."""
-        if self.model.scheduler.get("prediction_type") != "v_prediction":
-            return task.target.new_ones(len(task.target), 1, 1, 1)
-        alpha = self.alphas_cumprod[task.timesteps].view(-1, 1, 1, 1)
-        return 1 / (alpha + (1 - alpha) * self.variance)
+        return target_weight(self.model.scheduler, self.alphas_cumprod[task.timesteps].view(-1, 1, 1, 1), self.variance)
 
     def __call__(self, rng: np.random.Generator, batch: tuple | None = None) -> tuple[Tensor, dict]:
         task = self.draw(rng, batch)
@@ -237,10 +234,21 @@ class BaseLoss:
         if not len(chosen):
             return output.new_zeros(())
         noisy, alpha = task.noisy[chosen], alpha[chosen].view(-1, 1, 1, 1)
-        picture, wanted = (self.model.decode_latents(clean_latents(self.model.scheduler, noisy, o[chosen], alpha)).float()
-                           for o in (output, task.target))
-        mask = F.interpolate(task.masks[chosen], size=picture.shape[-2:], mode="bilinear")
-        return likeness_loss(self.model.w_plus_encoder, picture, wanted, mask)
+        return predicted_likeness(self.model, noisy, output[chosen], task.target[chosen], alpha, task.masks[chosen])
+
+
+def target_weight(scheduler: dict, alpha: Tensor, variance: Tensor) -> Tensor:
+    """One over the variance of what a model predicts, at signal power alpha [B, 1, 1, 1]; variance: of latents, by channel. Noise has 1."""
+    if scheduler.get("prediction_type") != "v_prediction":
+        return torch.ones_like(alpha)
+    return 1 / (alpha + (1 - alpha) * variance)
+
+
+def predicted_likeness(model: Model, noisy: Tensor, output: Tensor, target: Tensor, alpha: Tensor, masks: Tensor) -> Tensor:
+    """`likeness_loss` of the pictures that a model's output and its target [B, C, h, w] stand for; alpha [B, 1, 1, 1], masks [B, 1, h, w]."""
+    picture, wanted = (model.decode_latents(clean_latents(model.scheduler, noisy, o, alpha)).float() for o in (output, target))
+    mask = F.interpolate(masks, size=picture.shape[-2:], mode="bilinear")
+    return likeness_loss(model.w_plus_encoder, picture, wanted, mask)
 
 
 def likeness_loss(encoder: nn.Module, picture: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:

@@ -34,13 +34,13 @@ from ..data.factors import COLOURS, Factors, caption, composite, paint_backgroun
 from ..identity import IdentityAdapter
 from ..model import Model, load_model, with_w_plus
 from ..sampling import encode_prompts
-from .base import add_noise, clean_latents, likeness_loss, training_alphas
+from .base import add_noise, predicted_likeness, target_weight, training_alphas
 from .common import to_tensor, training_timesteps
 from .mapper import likeness_weight
 from .precision import autocast
 
 MAX_PHOTOS = 10
-LIKENESS_ALPHA = 0.3        # least share of the picture in what the likeness is taken of
+CLEAR_ALPHA = 0.3           # least share of the picture in what the likeness is taken of
 
 
 @dataclass(frozen=True)
@@ -169,17 +169,11 @@ class _DrawingLoss:
         noisy, target = add_noise(model.scheduler, latents, torch.randn_like(latents), alpha)
         with autocast("cpu"), model.adapter.condition(model.adapter.mapper(w_plus.expand(count, -1, -1)), 1.0):
             output = model.unet(noisy, timesteps, prompts).sample.float()
-        errors = masks * self.weight * (output - target).square() / (alpha + (1 - alpha) * self.variance)
-        return self.options.diffusion * errors.mean() + self._likeness(noisy, output, target, alpha, masks)
-
-    def _likeness(self, noisy: Tensor, output: Tensor, target: Tensor, alpha: Tensor, masks: Tensor) -> Tensor:
-        clear = (alpha.flatten() > LIKENESS_ALPHA).nonzero().flatten()
-        if not len(clear):
-            return output.new_zeros(())
-        picture, wanted = (self.model.decode_latents(clean_latents(self.model.scheduler, noisy[clear], o[clear], alpha[clear])).float()
-                           for o in (output, target))
-        mask = F.interpolate(masks[clear], size=picture.shape[-2:], mode="bilinear")
-        return likeness_loss(self.model.w_plus_encoder, picture, wanted, mask)
+        errors = masks * self.weight * target_weight(model.scheduler, alpha, self.variance) * (output - target).square()
+        loss, clear = self.options.diffusion * errors.mean(), (alpha.flatten() > CLEAR_ALPHA).nonzero().flatten()
+        if len(clear):
+            loss = loss + predicted_likeness(model, *(x[clear] for x in (noisy, output, target, alpha, masks)))
+        return loss
 
 
 @torch.no_grad()

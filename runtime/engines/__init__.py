@@ -33,7 +33,8 @@ class Engine(Protocol):
     values. Raises EngineError. TensorRT's takes a compiled engine in place of a path (compiled.py), ONNX
     Runtime's also `limits` (device_budget.py).
 
-    An engine whose device has memory of its own may also have `array(name, shape)`, see `new_array`.
+    One that runs on the processor also has `loading(weights, static, precision)`, a static method: bytes at the peak of loading a graph
+    whose weights are so many bytes in float32 (memory.Predictor). An engine whose device has memory of its own may also have `array(name, shape)`, see `new_array`.
     """
 
     def inputs(self):

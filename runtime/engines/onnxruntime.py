@@ -6,7 +6,7 @@ import numpy as np
 
 from ..cuda import shared_stream
 from ..errors import EngineError, require
-from ..memory import MIB
+from ..memory import MIB, PACKED
 from . import check_names, rebound
 
 # What ONNX Runtime says when an arena has reached its limit.
@@ -56,6 +56,11 @@ class OnnxRuntimeEngine:
             self.device = self.stream.device
             providers[0][1]["user_compute_stream"] = str(self.stream.handle)
         return providers
+
+    @staticmethod
+    def loading(weights, static, precision):
+        """See engines.Engine."""
+        return PACKED * weights
 
     def inputs(self):
         return self._spec.inputs

@@ -66,7 +66,7 @@ class OpenVinoEngine:
 
     @staticmethod
     def loading(weights, static, precision):
-        """Return bytes at the peak of loading a graph whose weights are `weights` bytes in float32; see memory.Predictor."""
+        """See engines.Engine."""
         if static and weights // 2 < ANY_BATCH_BYTES:
             return int((PACKED + ANOTHER_SHAPE * (KEPT_SHAPES - 1)) * weights)
         narrow = static and OpenVinoEngine.computes_in(precision) == "bfloat16"
