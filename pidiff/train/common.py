@@ -67,6 +67,8 @@ def average(target: nn.Module, source: nn.Module, decay: float) -> None:
 def join_processes(device: str) -> None:
     """Become one of the processes that `torchrun` or `accelerate launch` started; nothing happens without them."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # An optimizer imports this module, whose default arguments keep the group that they find: closing it would leave its threads.
+        import torch.distributed.nn  # noqa: F401
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
