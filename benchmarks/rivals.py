@@ -42,11 +42,15 @@ class Way:
         return self.worker != "pidiff_worker"
 
 
-def ours(bundle: Path) -> list[Way]:
+def ours(bundle: Path, int8: Path | None) -> list[Way]:
+    """int8: the same model exported with `--int8`, if it is to be measured."""
     common = {"model": str(bundle), "engine": "auto", "precision": "auto", "photo": str(ROOT / "examples" / "person-1.jpg"), "seed": 7}
     presets = [Way(f"pidiff {preset}", "pidiff_worker", job=common | {"preset": preset}) for preset in ("exact", "balanced", "fast")]
     full = Way("pidiff exact, full precision", "pidiff_worker", job=common | {"precision": "full"})
-    return [*presets, full, Way("pidiff exact, onnxruntime", "pidiff_worker", job=common | {"engine": "onnxruntime"})]
+    smaller = [Way(f"pidiff {preset}, int8", "pidiff_worker", job=common | {"model": str(int8), "preset": preset, "precision": "int8"})
+               for preset in ("exact", "fast")] if int8 else []
+    return [*presets, full, Way("pidiff exact, one stage at a time", "pidiff_worker", job=common | {"keep": False}),
+            Way("pidiff exact, onnxruntime", "pidiff_worker", job=common | {"engine": "onnxruntime"}), *smaller]
 
 
 def rivals(model: Path, work: Path) -> list[Way]:
@@ -91,8 +95,8 @@ def once(target: Path, make) -> None:
     part.rename(target)
 
 
-def prepare_ours(work: Path) -> tuple[Path, Path]:
-    """(model folder in diffusers' layout, bundle), with random weights."""
+def prepare_ours(work: Path, int8: bool) -> tuple[Path, Path, Path | None]:
+    """(model folder in diffusers' layout, bundle, the same in int8), with random weights."""
     log = work / "prepare-pidiff.log"
     once(work / "sd15", lambda part: run([sys.executable, ROOT / "benchmarks" / "make_sd15_random.py", part], log))
     if not (work / "sd15" / "model_index.json").is_file():
@@ -101,7 +105,9 @@ def prepare_ours(work: Path) -> tuple[Path, Path]:
         index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.32.0", "requires_safety_checker": False} | parts
         (work / "sd15" / "model_index.json").write_text(json.dumps(index, indent=2))
     once(work / "bundle", lambda part: run([sys.executable, "-m", "pidiff.export", work / "sd15", part, "--report", "none"], log))
-    return work / "sd15", work / "bundle"
+    if int8:
+        once(work / "bundle-int8", lambda part: run([sys.executable, "-m", "pidiff.export", work / "sd15", part, "--int8", "--report", "none"], log))
+    return work / "sd15", work / "bundle", work / "bundle-int8" if int8 else None
 
 
 def prepare(way: Way, work: Path, model: Path, job: dict) -> None:

@@ -25,12 +25,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pidiff.runtime.presets import resolve_preset
+
 from . import rivals as table
 from .mini import measure_mini
 from .presets import psnr
 
 PROMPT, GUIDANCE, STEPS, SIZE = "a photo of a person", 7.5, 20, 512
-LIKE = {"fp32": 35.0, "full": 35.0, "auto": 25.0, "bf16": 25.0}         # dB that a picture of the same noise must reach
+LIKE = {"fp32": 35.0, "full": 35.0, "auto": 25.0, "bf16": 25.0, "int8": 20.0}         # dB that a picture of the same noise must reach
 GROWTH = [{"size": 256}, {"size": 512}, {"size": 768}, {"batch": 2}, {"batch": 4}, {"people": 2}, {"people": 4}, {"threads": 1}]
 
 
@@ -100,7 +102,7 @@ def measure(bench: Bench, ways: list[table.Way], rounds: int, quick: bool) -> di
         for way in ways[turn % len(ways):] + ways[:turn % len(ways)]:
             row, started = rows[way.name], time.time()
             preset = way.job.get("preset", "exact")
-            steps = {"exact": 4 if quick else STEPS, "balanced": STEPS // 2, "fast": STEPS // 4}[preset]
+            steps = 4 if quick and preset == "exact" else resolve_preset(preset, {}, STEPS)["num_inference_steps"]
             result = bench.draw(way, [1 if quick else 2, steps] if preset == "exact" else [steps, steps])
             if "error" in result:
                 row["error"] = result["error"]
@@ -177,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rivals", action="store_true", help="install and measure rivals too")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--int8", action="store_true", help="export and measure the model in int8 too")
     parser.add_argument("--rounds", type=int, help="default: 3, or 1 with --quick")
     parser.add_argument("--only", nargs="*", help="rivals whose names contain one of these")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -186,8 +189,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     work, report = args.work.resolve(), {"environment": environment(), "growth": []}
     work.mkdir(parents=True, exist_ok=True)
-    model, bundle = table.prepare_ours(work)
-    bench, ways = Bench(work, args.threads), table.ours(bundle)
+    model, *bundles = table.prepare_ours(work, args.int8)
+    bench, ways = Bench(work, args.threads), table.ours(*bundles)
     for way in table.rivals(model, work) if args.rivals else []:
         if not args.only or any(part in way.name for part in args.only):
             print("prepare", way.name, flush=True)

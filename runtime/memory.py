@@ -10,7 +10,8 @@ import gc
 import math
 import re
 import sys
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import require
@@ -29,6 +30,8 @@ LIBRARIES = {"onnxruntime": 80 * MIB, "openvino": 130 * MIB}
 PER_GRAPH = 12 * MIB
 PACKED = 2.5                # bytes at the peak of loading per byte of float32 weights
 COPIES = 3
+DROP_SECONDS = 0.05
+_MADV_DONTNEED = 4          # Linux's number
 # A reference into external data, in the protobuf of a graph: key "length", value in decimal.
 _LENGTH = re.compile(rb"\n\x06length\x12[\x01-\x14](\d+)")
 _LOCATION = re.compile(rb"\n\x08location\x12.([\w./-]+?\.safetensors)")
@@ -76,6 +79,44 @@ def give_back():
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def mapped_pages_dropped(*folders):
+    """While this runs, let go of pages of files in these folders that are mapped read-only and shared, many times a second.
+
+    An engine that packs mapped weights into its own layout reads each page once, and would be charged for all of them until it
+    is done. The next reader of a page finds it in the system's file cache. Does nothing where the system is not Linux.
+    """
+    done = threading.Event()
+
+    def work():
+        with suppress(OSError, AttributeError):
+            madvise = ctypes.CDLL(None).madvise
+            madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+            while True:
+                for first, end in _mapped_read_only(folders):
+                    madvise(first, end - first, _MADV_DONTNEED)
+                if done.wait(DROP_SECONDS):
+                    return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _mapped_read_only(folders):
+    """Yield (first, end) addresses of files in these folders that this process maps, shared and read-only: those may be dropped
+    at any time, since nobody's changes are in them."""
+    roots = tuple(f"{Path(folder).resolve()}/" for folder in folders)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, kind, _, _, _, *name = line.split(None, 5)
+        if kind == "r--s" and name and name[0].startswith(roots):
+            yield tuple(int(n, 16) for n in addresses.split("-"))
 
 
 class Predictor:

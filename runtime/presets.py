@@ -1,8 +1,8 @@
 """Presets: one name for a trade-off between time and fidelity. An option that the caller gives comes before its preset's.
 
     exact     every step whole and guided
-    balanced  half the steps; guidance from a tenth of them on, to four fifths
-    fast      a quarter of the steps; guidance from a fifth of them on, to four fifths
+    balanced  two fifths of the steps; guidance from a fifth of them on, to seven tenths
+    fast      a fifth of the steps; guidance from their half on, to three quarters
 
 They are what benchmarks/presets.py found best on `mini`, where fewer steps change a picture less than cached features that
 save as much time (benchmarks/RESULTS.md): none of them caches.
@@ -13,8 +13,8 @@ from .errors import require
 DEFAULTS = {"guidance_interval": (0.0, 1.0), "cache_interval": 1, "id_start": 0.0}
 PRESETS = {  # steps: share of the default number
     "exact": {},
-    "balanced": {"steps": 0.5, "guidance_interval": (0.1, 0.8)},
-    "fast": {"steps": 0.25, "guidance_interval": (0.2, 0.8)},
+    "balanced": {"steps": 0.4, "guidance_interval": (0.2, 0.7)},
+    "fast": {"steps": 0.2, "guidance_interval": (0.5, 0.75)},
 }
 
 

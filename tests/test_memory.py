@@ -1,9 +1,12 @@
 """Memory: graphs of one stage at a time, and a limit that is kept or refused with the need."""
 
+import mmap
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,34 @@ def tiny(tmp_path_factory):
 
 def images(pipe, who=PERSON, **options):
     return np.stack(pipe.generate(who, PROMPT, seed=1, num_images=3, batch_size=2, num_inference_steps=3, **options).images)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped pages are dropped on Linux")
+def test_mapped_pages_are_dropped_and_read_again(tmp_path):
+    """... those of files in the folder alone, and none that this process may have written to."""
+    size, maps = 8 * MIB, {}
+    data = np.random.default_rng(0).bytes(size)
+    for name in ("in/weights.bin", "in/written.bin", "beside/weights.bin", "in-name-only/weights.bin"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(data)
+        with file.open("r+b") as handle:
+            maps[name] = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_WRITE if "written" in name else mmap.ACCESS_READ)
+
+    def resident_of(name):
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        start = next(i for i, line in enumerate(lines) if line.endswith(str(tmp_path / name)))
+        return next(int(line.split()[1]) << 10 for line in lines[start:] if line.startswith("Rss:"))
+
+    read = {name: bytes(m) for name, m in maps.items()}
+    assert all(resident_of(name) == size for name in maps)
+    with pytest.raises(KeyError), memory.mapped_pages_dropped(tmp_path / "in"):
+        while resident_of("in/weights.bin"):
+            time.sleep(0.01)
+        assert all(resident_of(name) == size for name in maps if name != "in/weights.bin")
+        assert bytes(maps["in/weights.bin"]) == read["in/weights.bin"] == data
+        {}["what goes wrong in between is passed on"]
+    assert not [t for t in threading.enumerate() if "work" in t.name]
 
 
 def test_one_stage_at_a_time_gives_the_same_pictures(tiny, monkeypatch):

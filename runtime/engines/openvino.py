@@ -1,13 +1,16 @@
 """OpenVINO engine: the fast choice on x86-64 processors, with bfloat16 where they multiply it themselves."""
 
+import sys
 from collections import OrderedDict
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import EngineError, require
 from ..files import private_cache, trim_folder
-from ..memory import PACKED, give_back
+from ..memory import PACKED, give_back, mapped_pages_dropped
 from . import check_names, rebound
 from .openvino_bfloat16 import in_bfloat16
 from .openvino_ops import core
@@ -17,8 +20,9 @@ CACHE_BYTES = 8 << 30
 # From here on weights are packed once for all numbers of pictures: compiled for one of them, Stable Diffusion's UNet takes 5 GB and
 # is no faster; a small graph like that of `mini`, compiled for any, is a fifth slower.
 ANY_BATCH_BYTES = 256 << 20
-# Bytes at the peak per byte of float32 weights: kept in bfloat16, mapped and packed; and for each other shape of a small graph.
-NARROW, ANOTHER_SHAPE = 1.15, 2.1
+# Bytes at the peak per byte of float32 weights: packed in bfloat16 while mapped pages are dropped, which is done on Linux; and for
+# each other shape of a small graph.
+NARROW, ANOTHER_SHAPE = 0.65 if sys.platform == "linux" else 1.15, 2.1
 
 
 class OpenVinoEngine:
@@ -36,12 +40,15 @@ class OpenVinoEngine:
         require(device == "cpu", "device", "be cpu with openvino", repr(device), EngineError)
         self._ov, self._spec, self._static = openvino, spec, static
         self._config, self._cache = _config(threads, precision), private_cache("openvino")
-        self._bound, self._request, self._requests = {}, None, OrderedDict()
+        self._bound, self._request, self._requests, self._ran = {}, None, OrderedDict(), set()
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
-        self._any_batch = static and _constant_bytes(self._model) >= ANY_BATCH_BYTES
+        large = _constant_bytes(self._model) >= ANY_BATCH_BYTES
+        self._any_batch, folders = static and large, [Path(path).parent, *filter(None, [self._cache])]
+        self._packing = partial(mapped_pages_dropped, *folders) if large else nullcontext
         if self._any_batch and self._config["INFERENCE_PRECISION_HINT"] == "bf16":
-            narrow = self._try("load", lambda: in_bfloat16(self._model, path, self._cache))
+            with self._packing():
+                narrow = self._try("load", lambda: in_bfloat16(self._model, path, self._cache))
             if self._cache:
                 trim_folder(self._cache, CACHE_BYTES)
             if narrow:      # compiled in seconds from a file of the cache: nothing is gained by another file
@@ -90,7 +97,10 @@ class OpenVinoEngine:
 
     def run(self, stream=None):
         require(self._request is not None, "tensors", "be bound before a run", "none", EngineError)
-        self._try("run", lambda: self._request.infer(share_outputs=True))  # shared: the bound arrays, not copies of them
+        shapes = tuple(array.shape for array in self._bound.values())
+        with nullcontext() if shapes in self._ran else self._packing():     # what is compiled for any batch packs its weights when it runs
+            self._try("run", lambda: self._request.infer(share_outputs=True))  # shared: the bound arrays, not copies of them
+        self._ran.add(shapes)
 
     def _request_for(self, bound):
         """Return the inference request that is compiled for the shapes of these arrays."""
@@ -111,7 +121,8 @@ class OpenVinoEngine:
         if shapes:
             self._model.reshape({name: list(shape) for name, shape in shapes.items()})
         config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
-        compiled = core().compile_model(self._model, "CPU", config)
+        with self._packing():
+            compiled = core().compile_model(self._model, "CPU", config)
         if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
             trim_folder(self._cache, CACHE_BYTES)
         return compiled
