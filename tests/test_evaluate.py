@@ -11,6 +11,7 @@ import pytest
 from pidiff.data.factors import STYLES, apply_style, caption
 from pidiff.evaluate import metrics
 from pidiff.evaluate.__main__ import main
+from pidiff.evaluate.generators import BundleGenerator
 from pidiff.evaluate.protocol import PATTERNS, prompt_factors
 from pidiff.evaluate.readers import face_shape, style_features
 
@@ -154,7 +155,17 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     assert (tmp_path / "report.md").read_text().startswith("# Evaluation")
 
 
+def test_a_preset_is_evaluated_as_it_is_drawn():
+    exact, fast = (BundleGenerator(None, "onnxruntime", None, None, preset=name) for name in ("exact", "fast"))
+    person = fast.enroll(cv2.imread(str(EXAMPLES / "person-2.jpg"))[..., ::-1])
+    drawn = fast.pipeline.generate(person, "a photo of a person", seed=3, preset="fast").images[0]
+    assert np.array_equal(fast.generate(person, "a photo of a person", 3)[0], drawn)
+    assert not np.array_equal(exact.generate(person, "a photo of a person", 3)[0], drawn)
+    assert fast.name == f"{exact.name}, fast"
+
+
 @pytest.mark.parametrize("change, sentence", [
+    ({"--checkpoint": "model", "--preset": "fast"}, "--preset must be exact for a checkpoint, got fast"),
     ({"--people": "1"}, "--people must be at least 2, got 1"),
     ({"--embedder": "none.onnx"}, "embedder must be an ONNX file, got none.onnx"),
     ({"--data": "nowhere"}, "data must be a folder, got nowhere"),

@@ -14,7 +14,7 @@ def load(job):
         tick = lambda step, total, seconds: clock.tick() if total == steps and step > 0 else None
         pictures = model.generate_image(job["prompt"], width=job["size"], height=job["size"], cfg_scale=job["guidance_scale"], sample_method="dpm++2m",
                                         sample_steps=steps, seed=7, batch_count=job["batch"], progress_callback=tick)
-        return np.stack([np.asarray(p) for p in pictures])
+        return np.stack([np.asarray(p.convert("RGB")) for p in pictures])
 
     return generate, {"version": f"stable-diffusion-cpp-python {stable_diffusion_cpp.__version__}"}
 

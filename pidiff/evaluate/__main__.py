@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pidiff.runtime.presets import PRESETS
+
 DESCRIPTION = """\
 Evaluate a model on people it was not trained on.
 
@@ -34,6 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--edits", type=int, default=0, help="people who are edited along pose, smile and age (needs exact codes in DATA)")
     parser.add_argument("--steps", type=int, help="default: the bundle's own, or 20")
     parser.add_argument("--guidance-scale", type=float, help="default: the bundle's own, or 2.5")
+    parser.add_argument("--preset", choices=PRESETS, default="exact", help="of pidiff-generate, for bundles")
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -42,6 +45,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if args.checkpoint and args.require_signature:
         raise ValueError(f"--require-signature must be given for a bundle, which has a signature, got --checkpoint {args.checkpoint}")
+    if args.checkpoint and args.preset != "exact":
+        raise ValueError(f"--preset must be exact for a checkpoint, got {args.preset}")
     if not args.embedder.is_file():
         raise ValueError(f"embedder must be an ONNX file, got {args.embedder}")
     return args
@@ -52,7 +57,7 @@ def make_generator(args, tools):
 
     from .generators import BundleGenerator, CheckpointGenerator
     if args.checkpoint is None:
-        return BundleGenerator(args.bundle, args.engine, args.steps, args.guidance_scale, args.require_signature)
+        return BundleGenerator(args.bundle, args.engine, args.steps, args.guidance_scale, args.require_signature, args.preset)
     return CheckpointGenerator(args.checkpoint, args.steps, args.guidance_scale, lambda size: FaceReader(tools.pipeline._graph, size))
 
 

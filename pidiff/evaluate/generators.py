@@ -12,11 +12,11 @@ LEVELS = ("coarse", "middle", "fine", "finest")
 
 class BundleGenerator:
     def __init__(self, folder: Path | None, engine: str, steps: int | None, guidance_scale: float | None,
-                 require_signature: Path | None = None):
+                 require_signature: Path | None = None, preset: str = "exact"):
         self.pipeline = Pipeline.from_bundle(folder, engine=engine, require_signature=require_signature)
-        self.name = f"bundle {self.pipeline.bundle.manifest.precision} on {self.pipeline.engine}"
+        self.name = f"bundle {self.pipeline.bundle.manifest.precision} on {self.pipeline.engine}" + (f", {preset}" if preset != "exact" else "")
         self.levels = LEVELS if self.pipeline.bundle.manifest.model.identity.num_groups == len(LEVELS) else ()
-        self._options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        self._options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "preset": preset}
 
     def enroll(self, photo: np.ndarray):
         return self.pipeline.enroll(photo, select="largest")
