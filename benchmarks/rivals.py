@@ -28,7 +28,7 @@ ENVIRONMENTS = {
 @dataclass(frozen=True)
 class Way:
     """One way to draw the picture. environment: None is this one. same: whether its maths is PIDiff's for the same noise, so that its
-    picture is compared. identity: whether it can draw a person at all."""
+    picture is compared. identity: whether it can draw a person at all. likeness: dB that its picture must reach (None: by its precision)."""
 
     name: str
     worker: str
@@ -36,6 +36,7 @@ class Way:
     job: dict = field(default_factory=dict)
     identity: bool = True
     same: bool = True
+    likeness: float | None = None
 
     @property
     def rival(self) -> bool:
@@ -47,9 +48,9 @@ def ours(bundle: Path, int8: Path | None) -> list[Way]:
     common = {"model": str(bundle), "engine": "auto", "precision": "auto", "photo": str(ROOT / "examples" / "person-1.jpg"), "seed": 7}
     presets = [Way(f"pidiff {preset}", "pidiff_worker", job=common | {"preset": preset}) for preset in ("exact", "balanced", "fast")]
     full = Way("pidiff exact, full precision", "pidiff_worker", job=common | {"precision": "full"})
-    smaller = [Way(f"pidiff {preset}, int8", "pidiff_worker", job=common | {"model": str(int8), "preset": preset, "precision": "int8"})
+    smaller = [Way(f"pidiff {preset}, int8", "pidiff_worker", job=common | {"model": str(int8), "preset": preset}, likeness=20.0)
                for preset in ("exact", "fast")] if int8 else []
-    return [*presets, full, Way("pidiff exact, one stage at a time", "pidiff_worker", job=common | {"keep": False}),
+    return [*presets, full, Way("pidiff exact, one stage at a time", "pidiff_worker", job=common | {"keep_graphs": False}),
             Way("pidiff exact, onnxruntime", "pidiff_worker", job=common | {"engine": "onnxruntime"}), *smaller]
 
 

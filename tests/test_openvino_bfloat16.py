@@ -148,3 +148,11 @@ def test_rounding_is_pytorchs():
     values[0, :4] = 1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1e-40          # two ties, a zero with a sign, a denormal
     got = _rounded(values).data.view(np.uint16)
     assert np.array_equal(got, torch.from_numpy(values).bfloat16().view(torch.uint16).numpy())
+
+
+@needs_bfloat16
+def test_more_memory_is_predicted_where_no_weights_can_be_mapped(large, monkeypatch):
+    loading = engine_module.OpenVinoEngine.loading
+    mapped = loading(1 << 30, True, "auto")
+    monkeypatch.setenv("PIDIFF_CACHE", "off")
+    assert 0.5 * 2**30 < mapped < 2**30 < loading(1 << 30, True, "auto") < loading(1 << 30, True, "full")

@@ -10,8 +10,8 @@ def load(job):
 
     from pidiff.runtime import Pipeline
 
-    pipeline = Pipeline.from_bundle(job["model"], engine=job["engine"], threads=job["threads"], keep=job.get("keep"),
-                                    precision="auto" if job["precision"] == "int8" else job["precision"])
+    pipeline = Pipeline.from_bundle(job["model"], engine=job["engine"], threads=job["threads"], precision=job["precision"],
+                                    keep=job.get("keep_graphs"))
     facts = {"version": f"pidiff {version('pidiff-edge')}", "engine": job["engine"]}
     people = []
     if job["identity"]:

@@ -20,9 +20,9 @@ CACHE_BYTES = 8 << 30
 # From here on weights are packed once for all numbers of pictures: compiled for one of them, Stable Diffusion's UNet takes 5 GB and
 # is no faster; a small graph like that of `mini`, compiled for any, is a fifth slower.
 ANY_BATCH_BYTES = 256 << 20
-# Bytes at the peak per byte of float32 weights: packed in bfloat16 while mapped pages are dropped, which is done on Linux; and for
-# each other shape of a small graph.
-NARROW, ANOTHER_SHAPE = 0.65 if sys.platform == "linux" else 1.15, 2.1
+# Bytes at the peak per byte of float32 weights, in bfloat16: packed while mapped pages are dropped (on Linux, from the cache), or
+# beside the packed ones; and for each other shape of a small graph.
+MAPPED, NARROW, ANOTHER_SHAPE = 0.65, 1.15, 2.1
 
 
 class OpenVinoEngine:
@@ -76,8 +76,9 @@ class OpenVinoEngine:
         """See engines.Engine."""
         if static and weights // 2 < ANY_BATCH_BYTES:
             return int((PACKED + ANOTHER_SHAPE * (KEPT_SHAPES - 1)) * weights)
-        narrow = static and OpenVinoEngine.computes_in(precision) == "bfloat16"
-        return int((NARROW if narrow else PACKED) * weights)
+        if not static or OpenVinoEngine.computes_in(precision) != "bfloat16":
+            return int(PACKED * weights)
+        return int((MAPPED if sys.platform == "linux" and private_cache("openvino") else NARROW) * weights)
 
     def inputs(self):
         return self._spec.inputs
