@@ -166,10 +166,10 @@ def test_steps_with_and_without_guidance_have_a_graph_each(compiled, driver, gpu
 
 class FakeCudaOrt:
     """ONNX Runtime with a CUDA provider on the made-up GPU: a run is queued on the stream of its session and computed by the real
-    one on the processor."""
+    one on the processor. refused: options that it has no session with."""
 
     def __init__(self, driver, real):
-        self._driver, self._real, self._work = driver, real, []
+        self._driver, self._real, self._work, self.refused, self.tried = driver, real, [], (), []
         self._callback = KERNEL(self._run)
         for name in ("SessionOptions", "ExecutionMode", "RunOptions", "disable_telemetry_events", "__version__", "__spec__"):
             setattr(self, name, getattr(real, name))
@@ -180,10 +180,14 @@ class FakeCudaOrt:
     def InferenceSession(self, path, options, providers):
         (name, how), fallback = providers
         assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+        self.tried.append(set(how) & {"prefer_nhwc", "enable_cuda_graph"})
+        if self.tried[-1] & set(self.refused):
+            raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
         session, stream = self._real.InferenceSession(path, options, providers=["CPUExecutionProvider"]), int(how["user_compute_stream"])
 
         def run(binding, options=None):
-            assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+            entry = options.get_run_config_entry
+            assert (entry("disable_synchronize_execution_providers"), entry("gpu_graph_id")) == ("1", "-1")
             self._work.append((session, dict(binding.inputs), dict(binding.outputs)))
             assert self._driver.library.fake_kernel(stream, self._callback, len(self._work) - 1) == 0
 
@@ -227,26 +231,60 @@ def cuda_ort(driver, gpu, steps, monkeypatch):
     cuda.shared_stream.cache_clear()
 
 
+@pytest.fixture
+def half_on_cuda(plain, cuda_ort, monkeypatch):
+    """Function (static) -> (pipeline, its UNet's engine): the UNet alone runs on the made-up GPU; what else a picture needs is the
+    processor's."""
+    from pidiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    def make(static):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "onnxruntime", sys.modules["onnxruntime"]._real)
+            pipe = Pipeline.from_bundle(plain, engine="onnxruntime", threads=1)
+            for graph in pipe.bundle.manifest.graphs:
+                pipe._graph(graph)
+        spec = pipe.bundle.graph("unet")
+        pipe._engines["unet"] = unet = OnnxRuntimeEngine(pipe.bundle.file(spec.file), spec, device="cuda", threads=1, static=static)
+        return pipe, unet
+
+    return make
+
+
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_onnx_runtime_on_cuda_keeps_its_tensors_there(plain, driver, cuda_ort, monkeypatch, options):
+def test_onnx_runtime_on_cuda_keeps_its_tensors_there(plain, driver, half_on_cuda, monkeypatch, options, static):
     options = {"seed": 1, "num_inference_steps": 6, **options}
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", sys.modules["onnxruntime"]._real)
-        host = Pipeline.from_bundle(plain, engine="onnxruntime", threads=1)
-        expected = host.generate(person(), PROMPT, **options)
-    # The UNet alone runs on the made-up GPU; what else a picture needs is the processor's.
-    from pidiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
-
-    spec = host.bundle.graph("unet")
-    unet = OnnxRuntimeEngine(host.bundle.file(spec.file), spec, device="cuda", threads=1)
-    host._engines["unet"] = unet
+        expected = Pipeline.from_bundle(plain, engine="onnxruntime", threads=1).generate(person(), PROMPT, **options)
+    pipe, unet = half_on_cuda(static)
     seen, run = [], DeviceDenoiser.run
     monkeypatch.setattr(DeviceDenoiser, "run", lambda self, *a: seen.append(1) or run(self, *a))
-    got = host.generate(person(), PROMPT, **options)
+    got = pipe.generate(person(), PROMPT, **options)
     assert np.abs(np.array(expected.images, int) - np.array(got.images, int)).max() <= 1
     assert seen and unet.stream is cuda.shared_stream() and unet.device is unet.stream.device
     if got.identity_map is not None:
         np.testing.assert_allclose(got.identity_map, expected.identity_map, atol=1e-5)
     batches = len(seen)
-    done = difference(driver, lambda: host.generate(person(), PROMPT, **options))
-    assert "launches" not in done and done["kernels"] == 3 * 6 * batches
+    pipe.generate(person(), PROMPT, **options)
+    done = difference(driver, lambda: pipe.generate(person(), PROMPT, **options))
+    assert done["kernels"] == 3 * 6 * batches and done.get("launches", 0) == (6 * batches if static else 0)
+    assert "captures" not in done
+
+
+@pytest.mark.parametrize("refused, captured", [(("enable_cuda_graph",), False), (("prefer_nhwc", "enable_cuda_graph"), False), ((), True)])
+def test_onnx_runtime_on_cuda_without_what_it_refuses(driver, half_on_cuda, refused, captured):
+    ort = sys.modules["onnxruntime"]
+    ort.refused = refused
+    pipe, unet = half_on_cuda(True)
+    assert ort.tried[-1] == {"prefer_nhwc", "enable_cuda_graph"} - set(refused)
+    for _ in range(2):
+        pipe.generate(person(), PROMPT, seed=1, num_inference_steps=6)
+    done = difference(driver, lambda: pipe.generate(person(), PROMPT, seed=1, num_inference_steps=6))
+    assert ("launches" in done) == captured
+
+
+def test_a_session_that_no_options_help_says_why(half_on_cuda, monkeypatch):
+    monkeypatch.setattr(sys.modules["onnxruntime"], "InferenceSession", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no such file")))
+    with pytest.raises(EngineError, match="unet.onnx must load in ONNX Runtime .*, got: no such file"):
+        half_on_cuda(True)

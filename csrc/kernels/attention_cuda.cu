@@ -1,7 +1,7 @@
 // Launches of the CUDA kernels and the host-pointer versions.
 //
-// State of this file: compiled for sm_87, 89, 90 and 120; its kernels run on the CPU under tests/cuda_emulation. On a GPU (an H100) only
-// an earlier form of attention_tensor has run, which fetched a tile after the one before was used up. benchmarks/gpu_check.sh does that in one command.
+// State of this file: compiled for sm_87, 89, 90 and 120; its kernels run on the CPU under tests/cuda_emulation, and have run on an H200
+// (sm_90). benchmarks/gpu_check.sh does that in one command.
 #include "kernels/attention_cuda.h"
 
 #include <stdexcept>
@@ -24,10 +24,10 @@ template <class T, int Dim, int Tiles>
 void launch_tensor(const AttentionParams& p, cudaStream_t stream) {
   const bool vectors = p.head_dim % 8 == 0 && aligned(p.k, p.k_stride, 8) && aligned(p.v, p.v_stride, 8);
   const bool pairs = p.head_dim % 2 == 0 && aligned(p.q, p.q_stride, 2) && aligned(p.out, p.out_stride, 2);
-  constexpr int Rows = cuda::tensor_queries<Tiles>;
+  constexpr int Rows = cuda::tensor_queries<Dim, Tiles>;
   const dim3 grid(static_cast<unsigned>((p.queries + Rows - 1) / Rows), static_cast<unsigned>(p.heads),
                   static_cast<unsigned>(p.batch));
-  cuda::launch(cuda::attention_tensor<T, Dim, Tiles>, grid, 128, cuda::tensor_shared<Dim>, stream, p, vectors, pairs);
+  cuda::launch(cuda::attention_tensor<T, Dim, Tiles>, grid, cuda::kWarp * cuda::tensor_warps<Dim>, cuda::tensor_shared<Dim>, stream, p, vectors, pairs);
 }
 
 template <int D>
@@ -68,7 +68,13 @@ void require_device() {
 template <int Rows>
 void dispatch_mix(const IdentityMixParams& p, int shared, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((p.queries + Rows - 1) / Rows), static_cast<unsigned>(p.batch));
-  const auto run = [&](auto kernel) { cuda::launch(kernel, grid, cuda::kMixThreads, shared, stream, p); };
+  const auto paired = [](const void* at, std::int64_t batch, std::int64_t token, std::size_t size) {
+    return reinterpret_cast<std::uintptr_t>(at) % (2 * size) == 0 && batch % 2 == 0 && token % 2 == 0;
+  };
+  const std::size_t size = size_of(p.dtype);
+  const bool pairs = p.channels / p.heads % 2 == 0 && paired(p.v, 0, 0, size) && paired(p.y, p.y_stride.batch, p.y_stride.token, size) &&
+                     paired(p.h, p.h_stride.batch, p.h_stride.token, size) && paired(p.out, p.out_stride.batch, p.out_stride.token, size);
+  const auto run = [&](auto kernel) { cuda::launch(kernel, grid, cuda::kMixThreads, shared, stream, p, pairs); };
   switch (p.dtype) {
     case DType::float32: return run(cuda::identity_mix<float, Rows>);
     case DType::float16: return run(cuda::identity_mix<cuda::Half, Rows>);

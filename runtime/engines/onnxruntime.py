@@ -9,6 +9,9 @@ from ..errors import EngineError, require
 from ..memory import MIB, PACKED
 from . import check_names, rebound
 
+# More options of the CUDA provider for a static session, best first. Layouts: convolutions read channels last without transposing.
+# With enable_cuda_graph it refuses graphs that have nodes on the processor.
+_STATIC_CUDA = ({"prefer_nhwc": "1", "enable_cuda_graph": "1"}, {"prefer_nhwc": "1"}, {})
 # What ONNX Runtime says when an arena has reached its limit.
 _OUT_OF_MEMORY = ("Available memory of", "Failed to allocate memory")
 
@@ -27,8 +30,9 @@ def custom_op_library():
 class OnnxRuntimeEngine:
     """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.DeviceEngine).
 
-    On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs. limits: bytes of the
-    GPU's memory for this session, and for the tensors of the step loop around it; None for all.
+    On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs, and capture both
+    in one graph where the session is `static` and has no node on the processor. limits: bytes of the GPU's memory for this session, and for
+    the tensors of the step loop around it; None for all.
     """
 
     device = stream = loop = None
@@ -40,14 +44,24 @@ class OnnxRuntimeEngine:
         self._ort, self._spec, self._device, self._file = ort, spec, device, Path(path).name
         self._bound, self._device_values, self._limits = {}, {}, limits
         providers, options = _providers(ort, device, precision, limits), _options(ort, threads, fused, precision)
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=self._on_our_stream(providers))
-        except Exception as e:  # ONNX Runtime raises a dozen unrelated types
-            raise self._failed(f"load in ONNX Runtime {ort.__version__}", e) from e
+        self._session, self._capturable = self._load(str(path), options, self._on_our_stream(providers), static)
         if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():  # it has only printed why
             raise EngineError("device must be cpu where ONNX Runtime cannot load CUDA and cuDNN or finds no GPU, got 'cuda'")
         check_names(Path(path), spec, [v.name for v in (*self._session.get_inputs(), *self._session.get_outputs())])
-        self._binding = self._session.io_binding()
+        self._binding, self._run_options = self._session.io_binding(), ort.RunOptions()
+        if device == "cuda":
+            self._run_options.add_run_config_entry("gpu_graph_id", "-1")        # we capture, it shall not
+
+    def _load(self, path, options, providers, static):
+        """Return the session and whether its runs can be captured. Tries what is fastest first where that is worth it."""
+        for more in _STATIC_CUDA if static and self._device == "cuda" else [{}]:
+            chosen = [(providers[0][0], {**providers[0][1], **more}), *providers[1:]] if more else providers
+            try:
+                return self._ort.InferenceSession(path, options, providers=chosen), "enable_cuda_graph" in more
+            except Exception as e:  # ONNX Runtime raises a dozen unrelated types
+                error = self._failed(f"load in ONNX Runtime {self._ort.__version__}", e)
+                error.__cause__ = e
+        raise error
 
     def _on_our_stream(self, providers):
         """Return the providers with the stream that the CUDA provider shall work in."""
@@ -85,7 +99,7 @@ class OnnxRuntimeEngine:
             if is_input:
                 value.update_inplace(self._bound[name])
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as e:
             raise self._failed("run in ONNX Runtime", e) from e
         for name, (is_input, value) in self._device_values.items():
@@ -100,7 +114,8 @@ class OnnxRuntimeEngine:
             bind(spec.name, "cuda", 0, np.dtype(spec.dtype).type, shape, address)
         options = self._ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return _DeviceBinding(self._session, binding, options, self._failed)
+        options.add_run_config_entry("gpu_graph_id", "-1")
+        return _DeviceBinding(self._session, binding, options, self._failed, self._capturable)
 
     def check_loop(self, size, shapes):
         room = self._limits and self._limits[1]
@@ -118,15 +133,16 @@ class OnnxRuntimeEngine:
 class _DeviceBinding:
     """A session bound to device memory (protocol: engines.DeviceBinding). A run is queued on the stream that the session has."""
 
-    def __init__(self, session, binding, options, failed):
-        self._session, self._binding, self._options, self._failed = session, binding, options, failed
+    def __init__(self, session, binding, options, failed, captures):
+        self._session, self._binding, self._options, self._failed, self._captures = session, binding, options, failed, captures
 
     def settle(self):
         return 0
 
     def capturable(self, stream):
-        """Not offered: a session may place nodes on the processor, whose copies cannot be captured."""
-        return False
+        """Whether all nodes are on the GPU: copies from and to the processor would be captured with what they copied then. The run before
+        has filled the session's arena, so that nothing is allocated in a capture."""
+        return self._captures
 
     def queue(self, stream):
         try:
