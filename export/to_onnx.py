@@ -28,6 +28,7 @@ def write_graph(graph: Graph, example: dict[str, torch.Tensor], opset: int, weig
     model = _trace(graph, example, opset)
     stored = weights.names(graph.module)
     _fold_constants(model, set(stored))
+    _reorder_gelu(model.graph)
     _point_to_stored(model.graph, weights, stored, graph.name)
     _move_large_constants(model, weights.root, graph.name)
     _name_axes(model.graph, graph)
@@ -82,6 +83,25 @@ def _fold_constants(model: ir.Model, stored: set[str]) -> None:
             common.RemoveUnusedNodesPass()(model)
         Sequential(common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
                    common.IdentityEliminationPass(), common.NameFixPass())(model)
+
+
+def _reorder_gelu(graph: ir.Graph) -> None:
+    """x (0.5 (1 + erf(..))) as (x (1 + erf(..))) 0.5, the order in which ONNX Runtime knows it and makes one kernel of it."""
+    for outer in [n for n in graph if n.op_type == "Mul"]:
+        for i, value in enumerate(outer.inputs):
+            inner = value.producer()
+            if inner is None or inner.op_type != "Mul" or len(value.uses()) != 1:
+                continue
+            half, sum_ = sorted(inner.inputs, key=lambda v: v.producer() is not None)
+            added = [v.producer() for v in sum_.producer().inputs] if sum_.producer() is not None else []
+            if half.producer() is None and any(n is not None and n.op_type == "Erf" for n in added):
+                inner.replace_input_with(0, outer.inputs[1 - i])
+                inner.replace_input_with(1, sum_)
+                outer.replace_input_with(0, value)
+                outer.replace_input_with(1, half)
+                graph.remove(inner)
+                graph.insert_before(outer, inner)       # behind x, which may come late
+                break
 
 
 def _point_to_stored(graph: ir.Graph, weights: WeightIndex, stored: dict[str, StoredTensor], name: str) -> None:
