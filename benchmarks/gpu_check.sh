@@ -62,7 +62,7 @@ else
   [ -z "${PIDIFF_STEP_GRAPHS:-}" ] || cp "$PIDIFF_STEP_GRAPHS"/unet-*.onnx "$work/step/"
   ways=(diffusers ours compiled)
   if "$python" -c 'import sys, onnxruntime as o; sys.exit("CUDAExecutionProvider" not in o.get_available_providers())' 2> /dev/null; then
-    ways=(diffusers ours ort-fused compiled ort-fused-nhwc ort-standard-23 ort-standard)
+    ways=(diffusers ours runtime ort-fused compiled ort-fused-nhwc ort-standard-23 ort-standard)
   fi
   "$python" "$root/benchmarks/gpu_step.py" --root "$work/step" --library "$library" --hold "$work/step/go" --seconds "$(($(left) - 15))" \
     --out "$out/gpu_step.json" "${ways[@]}" > "$out/gpu_step.md" 2> "$work/step/driver.log" &

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WAYS = ["diffusers", "ours", "ort-fused", "compiled", "ort-fused-nhwc", "ort-standard-23", "ort-standard"]
+WAYS = ["diffusers", "ours", "runtime", "ort-fused", "compiled", "ort-fused-nhwc", "ort-standard-23", "ort-standard"]
 LONGEST, USUAL = 30.0, 5.0      # seconds that timing one way may take, and takes
 
 
@@ -78,6 +78,11 @@ class Worker:
         return ("not ready in time; " if late else "") + last[0][:300]
 
 
+def graph_form(way: str) -> str | None:
+    """The form of the graph that a way runs, None for those without."""
+    return "fused" if way == "runtime" else way.removeprefix("ort-").removesuffix("-nhwc") if way.startswith("ort-") else None
+
+
 def prepare(root: Path, small: bool) -> None:
     command = [sys.executable, HERE / "gpu_graphs.py", root, *(["--small"] if small else []), "--forms"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -114,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     job = root / "job.json"
     job.write_text(json.dumps({"root": str(root.absolute()), "device": "cpu" if args.cpu else "cuda", "small": args.cpu, "library": args.library,
                                "repeats": args.repeats}))
-    ways = [w for w in args.ways if not w.startswith("ort-") or (root / f"unet-{w.removeprefix('ort-').removesuffix('-nhwc')}.onnx").is_file()]
+    ways = [w for w in args.ways if (form := graph_form(w)) is None or (root / f"unet-{form}.onnx").is_file()]
     workers = [Worker(way, job, root / f"{way}.log") for way in ways]
     try:
         prepare(root, args.cpu)

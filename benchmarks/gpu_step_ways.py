@@ -235,10 +235,41 @@ def onnxruntime(job: Job, form: str, nhwc: bool):
         yield {**row, "error": error()}
 
 
+def runtime(job: Job):
+    """As the runtime does it: its engine class, the run captured by us."""
+    from pidiff.export.to_onnx import read_spec
+    from pidiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    wait_for(Path(job.library))
+    path, arrays = job.root / "unet-fused.onnx", job.inputs()
+    begin = time.perf_counter()
+    engine = OnnxRuntimeEngine(path, read_spec(path), device="cuda", fused=True, static=True)
+    axes = {axis: size for t in engine.inputs() for axis, size in zip(t.shape, arrays[t.name].shape)}
+    held = {name: torch.from_numpy(a).cuda() for name, a in arrays.items()}
+    held |= {t.name: torch.full([axes.get(a, a) for a in t.shape], float("nan"), dtype=getattr(torch, t.dtype), device="cuda") for t in engine.outputs()}
+    torch.cuda.synchronize()
+    binding = engine.bind_device({name: (t.data_ptr(), tuple(t.shape)) for name, t in held.items()})
+    binding.settle()
+    for _ in range(3):
+        binding.queue(engine.stream)
+    engine.stream.synchronize()
+    first = round(time.perf_counter() - begin, 1)
+    yield
+    path = job.root / "expected.npy"
+    error = lambda: distance(held["model_output"].cpu().numpy(), np.load(path)) if path.exists() else None  # noqa: E731
+    yield {**job.row("PIDiff's runtime", lambda: binding.queue(engine.stream), True, first_seconds=first), "error": error()}
+    if binding.capturable(engine.stream):
+        held["model_output"].fill_(float("nan"))
+        torch.cuda.synchronize()
+        graph = engine.stream.capture(lambda: binding.queue(engine.stream))
+        yield {**job.row("PIDiff's runtime, CUDA graph", graph.launch, True), "error": error()}
+
+
 WAYS = {
     "compiled": lambda job: diffusers(job, True),
     "diffusers": lambda job: diffusers(job, False),
     "ours": ours,
+    "runtime": runtime,
     "ort-fused": lambda job: onnxruntime(job, "fused", False),
     "ort-fused-nhwc": lambda job: onnxruntime(job, "fused", True),
     "ort-standard-23": lambda job: onnxruntime(job, "standard-23", False),

@@ -225,8 +225,9 @@ def test_onnx_runtime_keeps_its_tensors_on_the_gpu(tiny_unet, solver, way, capsy
     conditions = Conditions(draw(rows, LENGTH, 2 * SUM_C), draw(rows, 1, FOLD), np.abs(draw(rows, 1, SIDE, SIDE)), 0.8,
                             how.get("first_identity_step", 0), batch, how.get("guided_steps", (0, 99)), 1)
     plan, shape, results, times = Plan(make_plan(solver, steps).schedule, draw(steps, SUM_CT)), (CHANNELS, SIDE, SIDE), [], []
-    for device, make in (("cpu", Denoiser), ("cuda", Denoiser), ("cuda", make_denoiser)):
-        denoiser = make(OnnxRuntimeEngine(*tiny_unet, device=device, threads=1), plan, conditions, shape)
+    for device, make, static in (("cpu", Denoiser, False), ("cuda", Denoiser, False), ("cuda", make_denoiser, False), ("cuda", make_denoiser, True)):
+        engine = OnnxRuntimeEngine(*tiny_unet, device=device, threads=1, static=static)
+        denoiser = make(engine, plan, conditions, shape)
         assert isinstance(denoiser, DeviceDenoiser) == (make is make_denoiser)
         for _ in range(3):
             latents, seeds = start(plan, batch, SIDE)
@@ -235,8 +236,10 @@ def test_onnx_runtime_keeps_its_tensors_on_the_gpu(tiny_unet, solver, way, capsy
             took = (time.perf_counter() - begin) / steps * 1e6
         results.append((latents, identity_map))
         times.append(round(took, 1))
+        assert not static or all(graph for _, graph in engine.loop.graphs.values()), "captured"
     for latents, identity_map in results[1:]:       # `precision` is "full": no TF32
         np.testing.assert_allclose(latents, results[0][0], rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(identity_map, results[0][1], rtol=1e-3, atol=1e-4)
     with capsys.disabled():
-        print(f"\nmicroseconds per step, a tiny UNet in ONNX Runtime: CPU {times[0]}, CUDA copying {times[1]}, staying {times[2]}")
+        print(f"\nmicroseconds per step, a tiny UNet in ONNX Runtime: CPU {times[0]}, CUDA copying {times[1]}, staying {times[2]}, "
+              f"captured {times[3]}")
