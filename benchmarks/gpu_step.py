@@ -72,6 +72,8 @@ class Worker:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+                if self.ended or self.rows:     # it has said all, and takes its time to end
+                    return ""
         if self.process.returncode == 0:
             return ""
         last = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()][-1:] or ["no word"]

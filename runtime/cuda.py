@@ -96,7 +96,7 @@ class Device:
         self.call("cuDeviceGetAttribute", integrated, _INTEGRATED, number)
         self.call("cuDevicePrimaryCtxRetain", context, number)
         self.integrated, self._context = bool(integrated.value), context
-        weakref.finalize(self, self._cuda.cuDevicePrimaryCtxRelease_v2, number)
+        weakref.finalize(self, self._cuda.cuDevicePrimaryCtxRelease_v2, number).atexit = False
 
     def call(self, name, *args):
         """Call the driver; EngineError names the function and the error. Pointers to values are taken here."""
@@ -137,7 +137,9 @@ class Device:
             getattr(device._cuda, name)(handle)
             device.give(size)
 
-        return weakref.finalize(owner, release, self)
+        found = weakref.finalize(owner, release, self)
+        found.atexit = False        # a process that ends gives all back; what others still have on a stream must not lose it before
+        return found
 
 
 class DeviceMemory:

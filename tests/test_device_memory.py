@@ -1,6 +1,7 @@
 """`max_memory` on a GPU: what engines, scratch memory and tensors take is counted, and refused before it is allocated."""
 
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 pytest.importorskip("onnx")
 
+from fake_tensorrt import COUNTS
 from test_device_engines import cuda_ort
 from test_device_loop import difference
 from test_tensorrt import CONSTANT, make, unet_arrays
@@ -212,3 +214,21 @@ def test_the_step_loop_asks_before_it_allocates(plain, driver, cuda_ort, monkeyp
             host.generate(person(), PROMPT, seed=1)
 
     assert "allocations" not in difference(driver, refused)
+
+
+def test_a_process_that_ends_takes_nothing_away_from_others(driver):
+    """... on the GPU: ONNX Runtime's sessions outlive our finalizers, and abort if their stream is gone."""
+    code = f"""
+import atexit, ctypes, sys
+library = ctypes.CDLL({driver.path!r})
+library.fake_counts.restype = ctypes.POINTER(ctypes.c_long)
+live = lambda: library.fake_counts()[{COUNTS.index("live")}:{COUNTS.index("retained") + 1}]
+atexit.register(lambda: print(*live()))     # runs after what is registered behind it
+from pidiff.runtime import cuda
+cuda.LIBRARY = {driver.path!r}
+stream = cuda.shared_stream()
+memory = cuda.DeviceMemory(stream.device, 1000), cuda.HostMemory(stream.device, 1000), cuda.Event(stream.device)
+print(*live())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (said.returncode, said.stdout.split()) == (0, ["4", "1"] * 2), said.stderr

@@ -11,7 +11,7 @@ from . import check_names, rebound
 
 # More options of the CUDA provider for a static session, best first. Layouts: convolutions read channels last without transposing.
 # With enable_cuda_graph it refuses graphs that have nodes on the processor.
-_STATIC_CUDA = ({"prefer_nhwc": "1", "enable_cuda_graph": "1"}, {"prefer_nhwc": "1"}, {})
+_STATIC_CUDA = ({"prefer_nhwc": "1", "enable_cuda_graph": "1"}, {"enable_cuda_graph": "1"}, {"prefer_nhwc": "1"}, {})
 # What ONNX Runtime says when an arena has reached its limit.
 _OUT_OF_MEMORY = ("Available memory of", "Failed to allocate memory")
 
