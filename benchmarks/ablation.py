@@ -3,9 +3,10 @@
     python -m benchmarks.ablation --model MODEL --data DATA --embedder FILE.onnx --out OUT
 
 Two tables on one frozen base, with the same data, seed and noise. Terms: the model's own adapter, its mapper frozen, fine-tuned
-with each term of the loss off. Forms: new adapters from nothing with equal steps: ours, W+ Adapter's (residual, its own losses) and
-an IP-Adapter-like branch (one embedding to 4 tokens, the diffusion loss alone). Each is then evaluated with pidiff-evaluate. A
-stopped run goes on; OUT/ablation.md holds the tables. `--variants` trains and evaluates only those, for runs side by side.
+with each term of the loss off. Forms: new adapters from nothing with equal steps: ours; with lighter terms, and each of them off; W+
+Adapter's (residual, its own losses) and an IP-Adapter-like branch (one embedding to 4 tokens, the diffusion loss alone). Each is
+then evaluated with pidiff-evaluate. A stopped run goes on; OUT/ablation.md holds the tables. `--variants` trains and evaluates only
+those, for runs side by side.
 """
 
 import argparse
@@ -26,8 +27,15 @@ TERMS = {
     "with L_id": ["--id", "0.1"],
     "L_rec alone": PLAIN,
 }
+NEW = ["--new-adapter", "parallel"]
+LIGHT = [*NEW, "--bg", "1", "--dis", "0.6", "--background-weight", "0.5"]
 FORMS = {
-    "ours": ["--new-adapter", "parallel"],
+    "ours": NEW,
+    "lighter": LIGHT,
+    "lighter without L_bg": [*LIGHT, "--bg", "0"],
+    "lighter without L_dis": [*LIGHT, "--dis", "0"],
+    "lighter without L_loc": [*LIGHT, "--loc", "0"],
+    "new, L_rec alone": [*NEW, *PLAIN],
     "W+ Adapter": ["--new-adapter", "residual", *PLAIN, "--preserve", "1"],
     "IP-Adapter-like": ["--new-adapter", "single", *PLAIN],
 }
@@ -48,7 +56,7 @@ def run_variant(name: str, args) -> None:
         how = [*FORMS[name], "--steps", str(args.form_steps), "--matrix-learning-rate", "0.01", "--learning-rate", "1e-3"] if new else \
             [*TERMS[name], "--steps", str(args.term_steps), "--keep-mapper"]
         subprocess.run([sys.executable, "-m", "pidiff.train", "adapter", "--data", *map(str, args.data), "--model", str(model),
-                        "--batch-size", str(args.batch_size), "--seed", str(args.seed), *how], check=True)
+                        "--batch-size", str(args.batch_size), "--seed", str(args.seed), "--device", args.device, *how], check=True)
     subprocess.run([sys.executable, "-m", "pidiff.evaluate", "--checkpoint", str(model), "--data", str(args.data[0]),
                     "--embedder", str(args.embedder), "--people", str(args.people), "--prompts", "1", "--seeds", "1",
                     "--curve-people", str(args.curve_people if new else 0), "--out", str(report)], check=True)
@@ -106,8 +114,8 @@ def tables(out: Path) -> str:
             if file.is_file():
                 summary = json.loads(file.read_text())
                 lines.append(f"| {name} | " + " | ".join(cell(summary.get(column)) for column in COLUMNS) + " |")
-    curves = {name: json.loads(file.read_text()) for name in FORMS
-              if (file := out / name.replace(" ", "-") / "report" / "curves.json").is_file()}
+    files = {name: out / name.replace(" ", "-") / "report" / "curves.json" for name in FORMS}
+    curves = {name: rows for name, file in files.items() if file.is_file() and (rows := json.loads(file.read_text()))}
     if "W+ Adapter" in curves:
         lines += ["", *equal_similarity(curves)]
     return "\n".join(lines).strip() + "\n"
@@ -126,6 +134,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=50)
     parser.add_argument("--curve-people", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="to train on; evaluation is on the processor")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     for name in args.variants:

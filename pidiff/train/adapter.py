@@ -29,9 +29,9 @@ ID_PICTURES = 4          # of a batch that L_id decodes
 class AdapterOptions:
     """Weights of the terms; 0 switches a term off, and its UNet call with it."""
 
-    background_weight: float = 0.5      # b
-    bg: float = 1.0
-    dis: float = 0.6
+    background_weight: float = 0.1      # b
+    bg: float = 4.0
+    dis: float = 2.0
     loc: float = 0.05
     id: float = 0.0
     preserve: float = 0.0
