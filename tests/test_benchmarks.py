@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 run = pytest.importorskip("benchmarks.run")
 rivals = run.table
 ablation = pytest.importorskip("benchmarks.ablation")
+
+
+def test_measurements_in_the_repositorys_root_use_the_installed_package():
+    """... whose `pidiff` has more in it than the folder of that name there."""
+    done = subprocess.run([sys.executable, "-c", "import benchmarks, pidiff.runtime"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_of_the_first_release_are_read_back():
