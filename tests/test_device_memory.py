@@ -216,7 +216,7 @@ def test_the_step_loop_asks_before_it_allocates(plain, driver, cuda_ort, monkeyp
     assert "allocations" not in difference(driver, refused)
 
 
-def test_a_process_that_ends_takes_nothing_away_from_others(driver):
+def test_a_process_that_ends_takes_nothing_away_from_others(driver, tmp_path):
     """... on the GPU: ONNX Runtime's sessions outlive our finalizers, and abort if their stream is gone."""
     code = f"""
 import atexit, ctypes, sys
@@ -230,5 +230,5 @@ stream = cuda.shared_stream()
 memory = cuda.DeviceMemory(stream.device, 1000), cuda.HostMemory(stream.device, 1000), cuda.Event(stream.device)
 print(*live())
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (said.returncode, said.stdout.split()) == (0, ["4", "1"] * 2), said.stderr
