@@ -29,7 +29,7 @@ class Worker:
     """A process that computes one way; its lines come in through a thread."""
 
     def __init__(self, way: str, job: Path, log: Path) -> None:
-        self.way, self.log, self.lines, self.ready, self.rows, self.ended = way, log, queue.Queue(), False, [], False
+        self.way, self.log, self.lines, self.ready, self.rows, self.ended, self.done = way, log, queue.Queue(), False, [], False, False
         command = [sys.executable, HERE / "gpu_step_ways.py", way, job]
         with log.open("w") as out:
             self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True)
@@ -60,8 +60,9 @@ class Worker:
     def time(self, end: float) -> None:
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        while line := self.next(end - time.monotonic()):
+        while (line := self.next(end - time.monotonic())) and line != "done":
             self.rows.append(json.loads(line))
+        self.done = line == "done"
 
     def close(self) -> str:
         """Ends the process; returns the last line of its log where it had failed."""
@@ -72,7 +73,7 @@ class Worker:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-                if self.ended or self.rows:     # it has said all, and takes its time to end
+                if self.done:       # it takes its time to end
                     return ""
         if self.process.returncode == 0:
             return ""

@@ -3,7 +3,7 @@
     python gpu_step_ways.py WAY JOB.json
 
 JOB: root (weights and graphs, gpu_graphs.py), device (cuda | cpu), small, library (gpu_attention.cu, built), repeats. Talks in
-lines that begin with "@": sends "@ready" when it is warm, reads a line, sends "@{row}" for each thing it timed.
+lines that begin with "@": sends "@ready" when it is warm, reads a line, sends "@{row}" for each thing it timed, and "@done".
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class Job:
         """Of the step graph; the same in every process."""
         with np.load(self.root / "inputs.npz") as file:
             return dict(file)
+
+    def error(self, got: np.ndarray) -> float | None:
+        """Against our step in PyTorch; None where that has failed."""
+        path = self.root / "expected.npy"
+        return distance(got, np.load(path)) if path.exists() else None
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -228,8 +233,7 @@ def onnxruntime(job: Job, form: str, nhwc: bool):
         made.run_with_iobinding(binding, plain)
     first = round(time.perf_counter() - begin, 1)
     yield
-    path = job.root / "expected.npy"    # not there where our step in PyTorch has failed
-    error = lambda: distance(output.numpy(), np.load(path)) if path.exists() else None  # noqa: E731
+    error = lambda: job.error(output.numpy())  # noqa: E731
     yield job.row(name, lambda: made.run_with_iobinding(binding, plain), True, error=error(), first_seconds=first, no_graph=problem)
     if job.on_gpu and problem is None:
         row = job.row(name + ", CUDA graph", lambda: made.run_with_iobinding(binding, graph), True)
@@ -256,8 +260,7 @@ def runtime(job: Job):
     engine.stream.synchronize()
     first = round(time.perf_counter() - begin, 1)
     yield
-    path = job.root / "expected.npy"
-    error = lambda: distance(held["model_output"].cpu().numpy(), np.load(path)) if path.exists() else None  # noqa: E731
+    error = lambda: job.error(held["model_output"].cpu().numpy())  # noqa: E731
     yield {**job.row("PIDiff's runtime", lambda: binding.queue(engine.stream), True, first_seconds=first), "error": error()}
     if binding.capturable(engine.stream):
         held["model_output"].fill_(float("nan"))
@@ -289,6 +292,7 @@ def main(way: str, file: str) -> int:
         sys.stdin.readline()
         for row in rows:
             print("@" + json.dumps(row), flush=True)
+        print("@done", flush=True)
     return 0
 
 

@@ -272,7 +272,7 @@ def test_onnx_runtime_on_cuda_keeps_its_tensors_there(plain, driver, half_on_cud
     assert "captures" not in done
 
 
-@pytest.mark.parametrize("refused, captured", [(("enable_cuda_graph",), False), (("prefer_nhwc", "enable_cuda_graph"), False), ((), True)])
+@pytest.mark.parametrize("refused, captured", [(("enable_cuda_graph",), False), (("prefer_nhwc",), True), (("prefer_nhwc", "enable_cuda_graph"), False), ((), True)])
 def test_onnx_runtime_on_cuda_without_what_it_refuses(driver, half_on_cuda, refused, captured):
     ort = sys.modules["onnxruntime"]
     ort.refused = refused

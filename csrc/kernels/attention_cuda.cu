@@ -4,6 +4,8 @@
 // (sm_90). benchmarks/gpu_check.sh does that in one command.
 #include "kernels/attention_cuda.h"
 
+#include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -14,10 +16,14 @@
 namespace pidiff {
 namespace {
 
-// Whether `count` 16-bit elements at a time lie in aligned words.
+// Whether `count` elements of `size` bytes at a time lie in aligned words.
+bool aligned(const void* base, std::initializer_list<std::int64_t> strides, int count, std::size_t size) {
+  return reinterpret_cast<std::uintptr_t>(base) % (size * static_cast<std::size_t>(count)) == 0 &&
+         std::all_of(strides.begin(), strides.end(), [&](std::int64_t stride) { return stride % count == 0; });
+}
+
 bool aligned(const void* base, const AttentionParams::Strides& s, int count) {
-  return reinterpret_cast<std::uintptr_t>(base) % static_cast<std::uintptr_t>(2 * count) == 0 && s.batch % count == 0 &&
-         s.token % count == 0 && s.head % count == 0;
+  return aligned(base, {s.batch, s.token, s.head}, count, 2);
 }
 
 template <class T, int Dim, int Tiles>
@@ -68,12 +74,11 @@ void require_device() {
 template <int Rows>
 void dispatch_mix(const IdentityMixParams& p, int shared, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((p.queries + Rows - 1) / Rows), static_cast<unsigned>(p.batch));
-  const auto paired = [](const void* at, std::int64_t batch, std::int64_t token, std::size_t size) {
-    return reinterpret_cast<std::uintptr_t>(at) % (2 * size) == 0 && batch % 2 == 0 && token % 2 == 0;
+  const auto paired = [&](const void* at, const IdentityMixParams::Strides& s) {
+    return aligned(at, {s.batch, s.token}, 2, size_of(p.dtype));
   };
-  const std::size_t size = size_of(p.dtype);
-  const bool pairs = p.channels / p.heads % 2 == 0 && paired(p.v, 0, 0, size) && paired(p.y, p.y_stride.batch, p.y_stride.token, size) &&
-                     paired(p.h, p.h_stride.batch, p.h_stride.token, size) && paired(p.out, p.out_stride.batch, p.out_stride.token, size);
+  const bool pairs = p.channels / p.heads % 2 == 0 && paired(p.v, {}) && paired(p.y, p.y_stride) && paired(p.h, p.h_stride) &&
+                     paired(p.out, p.out_stride);
   const auto run = [&](auto kernel) { cuda::launch(kernel, grid, cuda::kMixThreads, shared, stream, p, pairs); };
   switch (p.dtype) {
     case DType::float32: return run(cuda::identity_mix<float, Rows>);

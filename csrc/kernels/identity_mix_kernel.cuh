@@ -33,7 +33,8 @@ struct WordOf<float, 2> {
 PIDIFF_DEVICE std::int64_t columns_of(const IdentityMixParams& p) { return p.tokens + (p.has_null ? 1 : 0); }
 
 // Floats of shared memory: staged y or partial sums (whichever is larger), weights of every person, mass per head.
-constexpr int kMixSums = kMixThreads / kWarp * kMixTiles * 8;  // of a row, by warps; more than kMixGroups * kMixColumns
+constexpr int kMixSums = kMixThreads / kWarp * kMixTiles * 8;  // of a row, by warps
+static_assert(kMixSums >= kMixGroups * kMixColumns && kMixSums >= kMixChannels, "plain arithmetic fits too");
 template <int Rows>
 constexpr int kMixScratch = Rows * kMixSums;
 
