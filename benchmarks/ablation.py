@@ -44,7 +44,8 @@ UNTRAINED = "as it was"
 
 
 def run_variant(name: str, args) -> None:
-    """Train and evaluate one variant in OUT/NAME; what is there already is kept."""
+    """Train and evaluate one variant in OUT/NAME; what is there already is kept. All paths are absolute: the processes run there,
+    where no checkout hides the installed package."""
     folder, new = args.out / name.replace(" ", "-"), name in FORMS
     report, model = folder / "report", folder / "model"
     if (report / "summary.json").is_file():
@@ -56,10 +57,10 @@ def run_variant(name: str, args) -> None:
         how = [*FORMS[name], "--steps", str(args.form_steps), "--matrix-learning-rate", "0.01", "--learning-rate", "1e-3"] if new else \
             [*TERMS[name], "--steps", str(args.term_steps), "--keep-mapper"]
         subprocess.run([sys.executable, "-m", "pidiff.train", "adapter", "--data", *map(str, args.data), "--model", str(model),
-                        "--batch-size", str(args.batch_size), "--seed", str(args.seed), "--device", args.device, *how], check=True)
+                        "--batch-size", str(args.batch_size), "--seed", str(args.seed), "--device", args.device, *how], check=True, cwd=folder)
     subprocess.run([sys.executable, "-m", "pidiff.evaluate", "--checkpoint", str(model), "--data", str(args.data[0]),
                     "--embedder", str(args.embedder), "--people", str(args.people), "--prompts", "1", "--seeds", "1",
-                    "--curve-people", str(args.curve_people if new else 0), "--out", str(report)], check=True)
+                    "--curve-people", str(args.curve_people if new else 0), "--out", str(report)], check=True, cwd=folder)
 
 
 def disruption_at(similarity: np.ndarray, disruption: np.ndarray, wanted: float) -> float:
@@ -122,11 +123,11 @@ def tables(out: Path) -> str:
 
 
 def main() -> None:
-    every = [UNTRAINED, *TERMS, *FORMS]
+    every, absolute = [UNTRAINED, *TERMS, *FORMS], lambda text: Path(text).resolve()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="model folder or bundle")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="the first is also evaluated on")
-    parser.add_argument("--embedder", type=Path, required=True)
+    parser.add_argument("--model", type=absolute, required=True, help="model folder or bundle")
+    parser.add_argument("--data", type=absolute, nargs="+", required=True, help="the first is also evaluated on")
+    parser.add_argument("--embedder", type=absolute, required=True)
     parser.add_argument("--variants", nargs="*", choices=every, default=every)
     parser.add_argument("--term-steps", type=int, default=300)
     parser.add_argument("--form-steps", type=int, default=1500)
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--curve-people", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="to train on; evaluation is on the processor")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=absolute, required=True)
     args = parser.parse_args()
     for name in args.variants:
         run_variant(name, args)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one call: build with CUDA, run the tests marked `cuda`, time attention with the
 # fused identity term against PyTorch's scaled_dot_product_attention pair plus add at Stable Diffusion 1.5's shapes, time a
-# whole UNet step of that size against diffusers (gpu_step.py), and draw a picture of `mini` by every engine for GPUs that is
-# here, compared with ONNX Runtime's on the processor.
+# whole UNet step and whole pictures of that size against diffusers (gpu_step.py, gpu_picture.py), and draw a picture of `mini`
+# by every engine for GPUs that is here, compared with ONNX Runtime's on the processor.
 #
 #   benchmarks/gpu_check.sh [folder for the build and the logs, default build/gpu]
 #
@@ -11,6 +11,7 @@
 # cmake directly, and takes pybind11's headers from PyTorch where the package itself is missing. Environment:
 #   PIDIFF_STEP_GRAPHS   folder with the graphs of gpu_graphs.py; without them ONNX Runtime is left out of the step
 #   PIDIFF_GPU_SECONDS   how long all of it may take (default 900): what has no time left is skipped
+#   PIDIFF_PICTURES      folder of gpu_picture.py with its model and bundle (--prepare); without it no pictures of that size are timed
 #   PIDIFF_BUNDLE        a bundle with TensorRT engines for this GPU, in place of one made of `mini`
 #   OUT                  where the log and the results go (default: the folder)
 # Exit status: 0 all that could run was right, else 1.
@@ -165,6 +166,14 @@ else
   skip "onnxruntime on CUDA: this onnxruntime has no CUDAExecutionProvider"
 fi
 
+if [ -z "${PIDIFF_PICTURES:-}" ] || [ -n "$absent$runtime_lacks" ] || [ -z "$built" ]; then
+  skip "pictures of Stable Diffusion's size: needs PIDIFF_PICTURES, a build $absent $runtime_lacks"
+else
+  section "pictures of Stable Diffusion's size"
+  within 180 "$python" "$root/benchmarks/gpu_picture.py" --work "$PIDIFF_PICTURES" --out "$out/gpu_picture.json" > "$out/gpu_picture.md" || fail "pictures of Stable Diffusion's size"
+  cat "$out/gpu_picture.md"
+fi
+
 for engine in tensorrt-rtx tensorrt; do
   bundle="${PIDIFF_BUNDLE:-}"
   if [ -n "$(missing "${engine//-/_}")$runtime_lacks" ] || [ -z "$built" ]; then
@@ -193,6 +202,7 @@ echo
 echo "== results ($SECONDS s)"
 [ ! -f "$out/gpu_attention.md" ] || grep -E "^\| (dtype|---|float16)|^WRONG" "$out/gpu_attention.md"
 [ ! -f "$out/gpu_step.md" ] || cat "$out/gpu_step.md"
+[ ! -f "$out/gpu_picture.md" ] || cat "$out/gpu_picture.md"
 printf '%s\n' "${notes[@]:-no pictures}"
 printf 'skipped: %s\n' "${skipped[@]:-nothing}"
 printf 'failed: %s\n' "${failed[@]:-nothing}"

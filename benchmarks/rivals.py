@@ -69,9 +69,10 @@ def python_of(work: Path, environment: str | None) -> str:
 
 
 def run(command: list, log: Path) -> None:
-    """Run a command with its output in a file; SystemExit names the file where it fails."""
+    """Run a command with its output in a file, in that file's folder, where no checkout hides an installed package; SystemExit names
+    the file where it fails."""
     with log.open("ab") as out:
-        if subprocess.run(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT).returncode:
+        if subprocess.run(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, cwd=log.parent).returncode:
             raise SystemExit(f"run: {Path(command[0]).name} {' '.join(map(str, command[1:4]))} must succeed, see {log}")
 
 
@@ -96,8 +97,8 @@ def once(target: Path, make) -> None:
     part.rename(target)
 
 
-def prepare_ours(work: Path, int8: bool) -> tuple[Path, Path, Path | None]:
-    """(model folder in diffusers' layout, bundle, the same in int8), with random weights."""
+def prepare_model(work: Path) -> Path:
+    """The model folder in diffusers' layout, with random weights."""
     log = work / "prepare-pidiff.log"
     once(work / "sd15", lambda part: run([sys.executable, ROOT / "benchmarks" / "make_sd15_random.py", part], log))
     if not (work / "sd15" / "model_index.json").is_file():
@@ -105,10 +106,16 @@ def prepare_ours(work: Path, int8: bool) -> tuple[Path, Path, Path | None]:
                  "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None]}
         index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.32.0", "requires_safety_checker": False} | parts
         (work / "sd15" / "model_index.json").write_text(json.dumps(index, indent=2))
-    once(work / "bundle", lambda part: run([sys.executable, "-m", "pidiff.export", work / "sd15", part, "--report", "none"], log))
+    return work / "sd15"
+
+
+def prepare_ours(work: Path, int8: bool) -> tuple[Path, Path, Path | None]:
+    """(model folder, bundle, the same in int8), with random weights."""
+    model, log = prepare_model(work), work / "prepare-pidiff.log"
+    once(work / "bundle", lambda part: run([sys.executable, "-m", "pidiff.export", model, part, "--report", "none"], log))
     if int8:
-        once(work / "bundle-int8", lambda part: run([sys.executable, "-m", "pidiff.export", work / "sd15", part, "--int8", "--report", "none"], log))
-    return work / "sd15", work / "bundle", work / "bundle-int8" if int8 else None
+        once(work / "bundle-int8", lambda part: run([sys.executable, "-m", "pidiff.export", model, part, "--int8", "--report", "none"], log))
+    return model, work / "bundle", work / "bundle-int8" if int8 else None
 
 
 def prepare(way: Way, work: Path, model: Path, job: dict) -> None:

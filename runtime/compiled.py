@@ -88,7 +88,8 @@ def _usable(bundle, backend, found):
         if best is None or not best.engines:
             continue
         if best.verdict not in ("ok", "slower"):
-            raise EngineError(f"engine {backend} must run {graph} on this machine, got: {best}")
+            problem = best.why if best.verdict == "fallback" else best     # nothing is fallen back to by itself here
+            raise EngineError(f"engine {backend} must run {graph} on this machine, got: {problem}")
         sets[graph] = bundle.manifest.engines[best.engines]
         slower = best if best.verdict == "slower" else None
         if slower and len(sets) == 1:

@@ -15,7 +15,7 @@ from .errors import EngineError, require
 
 LIBRARY = "libcuda.so.1"
 _INTEGRATED, _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 18, 75, 76      # CUdevice_attribute
-_PORTABLE_AND_MAPPED, _NON_BLOCKING, _THREAD_LOCAL, _NO_TIMING, _OUT_OF_MEMORY = 1 | 2, 1, 1, 2, 2
+_PORTABLE_AND_MAPPED, _NON_BLOCKING, _RELAXED, _NO_TIMING, _OUT_OF_MEMORY = 1 | 2, 1, 2, 2, 2
 _INT, _UNSIGNED, _SIZE, _ADDRESS, _HANDLE = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p
 _P = ctypes.POINTER
 # What a Device calls, by the names that the library exports (cuda.h renames some). All return a CUresult.
@@ -249,8 +249,9 @@ class Stream:
         self.device.call("cuStreamSynchronize", self.handle)
 
     def capture(self, work):
-        """Return a Graph of what `work()` queues here, without running it. Raises EngineError, and what `work` raises."""
-        self.device.call("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
+        """Return a Graph of what `work()` queues here, without running it. Memory may be allocated in it, which is not captured: an
+        engine's own allocator can run short once more. Raises EngineError, and what `work` raises."""
+        self.device.call("cuStreamBeginCapture_v2", self.handle, _RELAXED)
         graph = _HANDLE()
         try:
             work()

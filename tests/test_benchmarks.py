@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,23 @@ def test_measurements_in_the_repositorys_root_use_the_installed_package():
     """... whose `pidiff` has more in it than the folder of that name there."""
     done = subprocess.run([sys.executable, "-c", "import benchmarks, pidiff.runtime"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_processes_of_the_benchmarks_use_the_installed_package(tmp_path, monkeypatch):
+    """... wherever the benchmark was started, and whatever paths it was given."""
+    monkeypatch.chdir(ROOT)
+    rivals.run([sys.executable, "-c", "import pidiff.runtime"], tmp_path / "log")
+    (tmp_path / "model").mkdir()
+    calls = []
+    monkeypatch.setattr(ablation.subprocess, "run", lambda command, cwd, **more: calls.append((command, Path(cwd))))
+    monkeypatch.setattr(sys, "argv", ["ablation", "--model", str(tmp_path / "model"), "--data", "tests", "--embedder", "tests/e.onnx", "--out",
+                                      os.path.relpath(tmp_path / "out"), "--variants", "ours", "all terms"])
+    ablation.main()
+    assert [c[2] for c, _ in calls] == ["pidiff.train", "pidiff.evaluate"] * 2
+    for command, cwd in calls:
+        assert ROOT not in (cwd, *cwd.parents) and cwd.is_dir()
+        given = dict(zip(command[3:], command[4:]))
+        assert all(Path(given[name]).is_absolute() for name in ("--data", "--model", "--checkpoint", "--embedder", "--out") if name in given)
 
 
 def test_names_of_the_first_release_are_read_back():

@@ -1,5 +1,6 @@
 """Engines whose tensors stay on the made-up GPU through the whole step loop: TensorRT's, and ONNX Runtime's on CUDA."""
 
+import ctypes
 import importlib.util
 import json
 import sys
@@ -166,10 +167,12 @@ def test_steps_with_and_without_guidance_have_a_graph_each(compiled, driver, gpu
 
 class FakeCudaOrt:
     """ONNX Runtime with a CUDA provider on the made-up GPU: a run is queued on the stream of its session and computed by the real
-    one on the processor. refused: options that it has no session with."""
+    one on the processor. refused: options that it has no session with. in_captures: what a run does when it is captured: "allocate",
+    or "fail", which the next run reports once more."""
 
     def __init__(self, driver, real):
         self._driver, self._real, self._work, self.refused, self.tried = driver, real, [], (), []
+        self.in_captures, self.arena, self._error = "", [], False
         self._callback = KERNEL(self._run)
         for name in ("SessionOptions", "ExecutionMode", "RunOptions", "disable_telemetry_events", "__version__", "__spec__"):
             setattr(self, name, getattr(real, name))
@@ -188,6 +191,13 @@ class FakeCudaOrt:
         def run(binding, options=None):
             entry = options.get_run_config_entry
             assert (entry("disable_synchronize_execution_providers"), entry("gpu_graph_id")) == ("1", "-1")
+            captured = self._driver.library.fake_is_capturing(ctypes.c_void_p(stream))
+            if captured and self.in_captures == "allocate":
+                self.arena.append(ctypes.c_uint64())
+                assert self._driver.library.cuMemAlloc_v2(ctypes.byref(self.arena[-1]), ctypes.c_size_t(1 << 20)) == 0
+            if self._error or captured and self.in_captures == "fail":
+                self._error = bool(captured)
+                raise RuntimeError("operation not permitted when stream is capturing")
             self._work.append((session, dict(binding.inputs), dict(binding.outputs)))
             assert self._driver.library.fake_kernel(stream, self._callback, len(self._work) - 1) == 0
 
@@ -226,8 +236,11 @@ def cuda_ort(driver, gpu, steps, monkeypatch):
 
     gpu()
     cuda.shared_stream.cache_clear()
-    monkeypatch.setitem(sys.modules, "onnxruntime", FakeCudaOrt(driver, onnxruntime))
+    fake = FakeCudaOrt(driver, onnxruntime)
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
     yield
+    for address in fake.arena:
+        assert driver.library.cuMemFree_v2(address) == 0
     cuda.shared_stream.cache_clear()
 
 
@@ -282,6 +295,19 @@ def test_onnx_runtime_on_cuda_without_what_it_refuses(driver, half_on_cuda, refu
         pipe.generate(person(), PROMPT, seed=1, num_inference_steps=6)
     done = difference(driver, lambda: pipe.generate(person(), PROMPT, seed=1, num_inference_steps=6))
     assert ("launches" in done) == captured
+
+
+@pytest.mark.parametrize("in_captures", ["allocate", "fail"])
+def test_onnx_runtime_that_needs_more_memory_in_a_capture(driver, half_on_cuda, in_captures):
+    """... gets it; and where it cannot be captured after all, the steps are queued call by call."""
+    pipe, unet = half_on_cuda(True)
+    options = {"seed": 1, "num_inference_steps": 6}
+    expected = np.array(pipe.generate(person(), PROMPT, **options).images)
+    unet.loop = None
+    sys.modules["onnxruntime"].in_captures = in_captures
+    assert np.array_equal(pipe.generate(person(), PROMPT, **options).images, expected)
+    done = difference(driver, lambda: pipe.generate(person(), PROMPT, **options))
+    assert done.get("launches", 0) == (6 if in_captures == "allocate" else 0)
 
 
 def test_a_session_that_no_options_help_says_why(half_on_cuda, monkeypatch):

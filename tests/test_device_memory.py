@@ -167,7 +167,6 @@ def test_sessions_share_the_limit(plain, sessions, keep):
     for graph in pipe.bundle.manifest.graphs:
         pipe._load(graph)
     arenas = {graph: int(how["gpu_mem_limit"]) for graph, how in sessions.items()}
-    assert all(how["arena_extend_strategy"] == "kSameAsRequested" for how in sessions.values())
     for group in [list(arenas)] if keep else STAGES.values():
         total = sum(arenas[g] for g in group if g in arenas)
         assert 699 << 20 < total <= 700 << 20, "an eighth is for the step loop"
@@ -181,7 +180,7 @@ def test_sessions_share_the_limit(plain, sessions, keep):
 def test_without_a_limit_nothing_is_limited(plain, sessions):
     pipe = Pipeline.from_bundle(plain, engine="onnxruntime", device="cuda", threads=1)
     pipe._load("unet").check_loop(1 << 50, {})
-    assert not {"gpu_mem_limit", "arena_extend_strategy"} & set(sessions["unet"])
+    assert "gpu_mem_limit" not in sessions["unet"] and sessions["unet"]["arena_extend_strategy"] == "kSameAsRequested"
 
 
 def test_weights_that_do_not_fit_are_refused_before_a_session(plain, sessions):

@@ -191,7 +191,7 @@ def test_without_the_plugin_another_engine_is_used(bundle, library, here, capsys
     assert {(f.verdict, f.why) for f in found.findings} == {("fallback", NO_LIBRARY)} and found.status == 5
     assert main(["--check", str(bundle)]) == 5
     assert f"falls back to onnxruntime: {NO_LIBRARY}" in capsys.readouterr().out
-    with pytest.raises(EngineError, match="engine tensorrt must run .* on this machine, got: falls back to onnxruntime: this pidiff has no"):
+    with pytest.raises(EngineError, match="engine tensorrt must run .* on this machine, got: this pidiff has no"):
         CompiledEngines(opened, "tensorrt")
     spec = opened.graph("vae_decoder")
     with pytest.raises(EngineError, match="graph vae_decoder must have its plug-in for tensorrt, got this pidiff has no libpidiff_trt"):

@@ -135,20 +135,27 @@ class _DeviceBinding:
 
     def __init__(self, session, binding, options, failed, captures):
         self._session, self._binding, self._options, self._failed, self._captures = session, binding, options, failed, captures
+        self._after_error = False
 
     def settle(self):
         return 0
 
     def capturable(self, stream):
-        """Whether all nodes are on the GPU: copies from and to the processor would be captured with what they copied then. The run before
-        has filled the session's arena, so that nothing is allocated in a capture."""
+        """Whether all nodes are on the GPU: copies from and to the processor would be captured with what they copied then. What the
+        session allocates in a capture it keeps in its arena, as what the run before did."""
         return self._captures
 
     def queue(self, stream):
-        try:
-            self._session.run_with_iobinding(self._binding, self._options)
-        except Exception as e:
-            raise self._failed("run in ONNX Runtime", e) from e
+        for last in (not self._after_error, True):      # CUDA's error in a capture that failed is reported by the run behind it once more
+            try:
+                self._session.run_with_iobinding(self._binding, self._options)
+            except Exception as e:
+                if last:
+                    self._after_error = True
+                    raise self._failed("run in ONNX Runtime", e) from e
+            else:
+                break
+        self._after_error = False
 
 
 def run_for(path, data, inputs, names, threads=None, fused=False):
@@ -187,10 +194,10 @@ def _providers(ort, device, precision, limits=None):
                           "and this one has only " + ", ".join(ort.get_available_providers()))
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds the CUDA and cuDNN libraries of pip packages, which are on no search path
-    # By itself it computes float32 layers in TF32, which has 10 bits.
-    how = {"use_tf32": str(int(precision == "auto"))}
-    if limits:      # growing in powers of two would pass a limit that holds what is needed
-        how |= {"gpu_mem_limit": str(limits[0]), "arena_extend_strategy": "kSameAsRequested"}
+    # By itself it computes float32 layers in TF32, which has 10 bits, and takes memory in powers of two.
+    how = {"use_tf32": str(int(precision == "auto")), "arena_extend_strategy": "kSameAsRequested"}
+    if limits:
+        how["gpu_mem_limit"] = str(limits[0])
     return [("CUDAExecutionProvider", how), "CPUExecutionProvider"]
 
 

@@ -1,0 +1,196 @@
+"""Whole pictures of Stable Diffusion 1.5's size on the GPU that is here: PIDiff in ONNX Runtime against diffusers with an IP-Adapter.
+
+    python benchmarks/gpu_picture.py --work FOLDER [--pictures 5] [--steps 20] [--size 512] [--out FILE.json] [WAY ...]
+
+512 x 512 px (--size), float16, DPM++ 2M, guidance, one person, random weights (made in FOLDER once, 6 GB with the bundle). Every way has a
+process of its own; they draw in turns, a picture each. First each draws two steps of DDIM without a person from one noise: those
+pictures must agree.
+`gpu_mib` is what the process holds on the GPU in the end. --device cpu rehearses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+WAYS = ("pidiff exact", "pidiff balanced", "pidiff fast", "diffusers", "diffusers compiled")
+PROMPT, SEED, GUIDANCE = "a photo of a person", 7, 7.5
+LEAST = 35.0        # dB between two pictures of one noise in float16
+
+
+def held() -> int:
+    """MiB that are taken on the GPU."""
+    names = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(names, capture_output=True, text=True, check=True).stdout.split()[0])
+
+
+def noise(side):
+    """The latents that PIDiff begins with."""
+    from pidiff import _C
+
+    return _C.randn([SEED], (4, side, side))
+
+
+def pidiff(args, preset):
+    from pidiff.runtime import Pipeline
+
+    pipe = Pipeline.from_bundle(args.work / "bundle", engine="onnxruntime", device=args.device)
+    person = pipe.enroll(str(HERE.parent / "examples" / "person-1.jpg"))
+    timed = {"preset": preset, **({"num_inference_steps": args.steps, "scheduler": "dpmpp_2m"} if preset == "exact" else {})}
+
+    def draw(identity=True):
+        chosen = timed if identity else {"num_inference_steps": 2, "scheduler": "ddim"}
+        return pipe.generate(person if identity else None, PROMPT, seed=SEED, height=args.size, width=args.size, guidance_scale=GUIDANCE, **chosen).images[0]
+
+    return draw
+
+
+def diffusers(args, compiled):
+    import torch
+    from diffusers_worker import make_pipeline, make_scheduler
+
+    job = {"threads": torch.get_num_threads(), "model": args.work / "sd15", "solver": "ddim", "identity": True}
+    dtype = torch.float16 if args.device == "cuda" else torch.float32
+    pipe, extra = make_pipeline(job, dtype)
+    pipe.to(args.device)
+    extra = {k: [t.to(args.device) for t in v] for k, v in extra.items()}
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+    if compiled:
+        pipe.unet.compile(mode="reduce-overhead")
+    schedulers = {True: make_scheduler(pipe.scheduler.config, "dpmpp_2m"), False: pipe.scheduler}
+    start = torch.from_numpy(noise(args.size // 8)).to(args.device, dtype)
+
+    def draw(identity=True):
+        pipe.set_ip_adapter_scale(float(identity))
+        pipe.scheduler = schedulers[identity]
+        with torch.inference_mode():
+            picture = pipe(PROMPT, height=args.size, width=args.size, num_inference_steps=args.steps if identity else 2, latents=start, guidance_scale=GUIDANCE,
+                           output_type="np", **extra).images[0]
+        return (picture * 255).round().astype(np.uint8)
+
+    return draw
+
+
+def worker(args, way):
+    """Load, then draw whenever a line comes: `base FILE`, `person`, or nothing more. Answers in JSON."""
+    name, _, how = way.partition(" ")
+    begin = time.perf_counter()
+    draw = pidiff(args, how) if name == "pidiff" else diffusers(args, bool(how))
+    print(json.dumps({"load_s": time.perf_counter() - begin}), flush=True)
+    for line in sys.stdin:
+        kind, _, file = line.strip().partition(" ")
+        begin = time.perf_counter()
+        picture = draw(kind == "person")
+        seconds = time.perf_counter() - begin
+        if file:
+            np.save(file, picture)
+        print(json.dumps({"seconds": seconds}), flush=True)
+
+
+class Worker:
+    def __init__(self, way: str, args) -> None:
+        self.way, self.row, self.times = way, {"way": way}, []
+        command = [sys.executable, __file__, "--worker", way, "--work", args.work, "--steps", args.steps, "--size", args.size, "--device", args.device]
+        self.log = args.work / f"{way.replace(' ', '-')}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    def ask(self, line: str = "") -> dict:
+        if line:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        while answer := self.process.stdout.readline():
+            if answer.startswith("{"):
+                return json.loads(answer)
+        last = self.log.read_text().strip().splitlines() or ["no word"]
+        raise RuntimeError(f"{self.way} must not stop, got: {last[-1][:300]}")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def prepare(work: Path) -> None:
+    """The random model in diffusers' layout, and its bundle in float16."""
+    sys.path.insert(0, str(HERE.parent))
+    from benchmarks.rivals import once, prepare_model, run
+
+    model = prepare_model(work)
+    once(work / "bundle", lambda part: run([sys.executable, "-m", "pidiff.export", model, part, "--fp16", "--report", "none", "--quiet"], work / "export.log"))
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR in dB."""
+    return float(10 * np.log10(255**2 / max(np.mean((a.astype(float) - b.astype(float)) ** 2), 1e-9)))
+
+
+def measure(args) -> list[dict]:
+    """A row for every way; one that fails has `error`."""
+    workers, base = [], None
+    for way in args.ways:       # one after the other, so that each one's memory is known
+        before = held() if args.device == "cuda" else 0
+        worker, file = Worker(way, args), args.work / "base.npy"
+        try:
+            worker.row |= worker.ask()
+            worker.ask(f"base {file}")
+            picture = np.load(file)
+            base = picture if base is None else base
+            worker.row |= {"likeness_db": round(likeness(picture, base), 1), "first_s": worker.ask("person")["seconds"]}
+            if worker.row["likeness_db"] < LEAST:
+                raise RuntimeError(f"its picture without a person must be the first way's within {LEAST} dB, got {worker.row['likeness_db']}")
+            worker.row["gpu_mib"] = held() - before if args.device == "cuda" else None
+            workers.append(worker)
+        except (RuntimeError, OSError) as e:
+            worker.row["error"] = str(e)
+            worker.close()
+            yield worker.row
+    for _ in range(args.pictures):
+        for worker in workers:
+            worker.times.append(worker.ask("person")["seconds"])
+    for worker in workers:
+        worker.close()
+        yield worker.row | {"picture_s": median(worker.times), "range_s": [min(worker.times), max(worker.times)]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ways", nargs="*", default=WAYS, metavar="WAY")
+    parser.add_argument("--work", type=lambda text: Path(text).resolve(), required=True)
+    parser.add_argument("--pictures", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--prepare", action="store_true", help="make model and bundle, measure nothing")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args, args.worker)
+        return 0
+    prepare(args.work)
+    if args.prepare:
+        return 0
+    rows = list(measure(args))
+    print("| way | s a picture | range | first picture s | loaded s | GPU MiB | likeness dB |\n|---|---|---|---|---|---|---|")
+    for r in rows:
+        if "error" in r:
+            print(f"FAILED {r['way']}: {r['error']}")
+        else:
+            print(f"| {r['way']} | {r['picture_s']:.3f} | {r['range_s'][0]:.3f}-{r['range_s'][1]:.3f} | {r['first_s']:.1f} | {r['load_s']:.1f} | {r['gpu_mib']} | {r['likeness_db']} |")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any("error" in r for r in rows))
+
+
+if __name__ == "__main__":
+    sys.path.insert(1, str(HERE / "workers"))
+    sys.exit(main())
