@@ -11,11 +11,12 @@ import pytest
 from pidiff.data.factors import STYLES, apply_style, caption
 from pidiff.evaluate import metrics
 from pidiff.evaluate.__main__ import main
-from pidiff.evaluate.generators import BundleGenerator
+from pidiff.evaluate.generators import BundleGenerator, CheckpointGenerator
 from pidiff.evaluate.protocol import PATTERNS, prompt_factors
 from pidiff.evaluate.readers import face_shape, style_features
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+MINI = Path(__file__).resolve().parent.parent / "models" / "mini"
 
 
 def unit(*values):
@@ -138,13 +139,13 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     pytest.importorskip("matplotlib")
     if source == "checkpoint":
         pytest.importorskip("diffusers")
-    mini = Path(__file__).resolve().parent.parent / "models" / "mini"
     arguments = ["--data", str(two_people), "--embedder", str(embedder), "--people", "2", "--prompts", "2", "--seeds", "2",
-                 "--steps", "2", "--curve-people", "1", "--pairs", "1", f"--{source}", str(mini), "--out", str(tmp_path)]
+                 "--steps", "2", "--curve-people", "1", "--pairs", "1", f"--{source}", str(MINI), "--out", str(tmp_path)]
     assert main(arguments) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     for key in ("rank1", "verification_rate", "background_accuracy", "disruption", "copy_paste", "identity_map_inside"):
         assert {"mean", "low", "high"} <= summary[key].keys()
+    assert summary["settings"]["steps"] == 2 and summary["settings"]["guidance_scale"] == 3
     assert 0 <= summary["leakage"]["mean"] < 1, "what is changed on the right stays there"
     assert summary["anchors"]["genuine_rank1"]["mean"] == 1 and summary["settings"]["pictures"] == 8
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
@@ -162,6 +163,17 @@ def test_a_preset_is_evaluated_as_it_is_drawn():
     assert np.array_equal(fast.generate(person, "a photo of a person", 3)[0], drawn)
     assert not np.array_equal(exact.generate(person, "a photo of a person", 3)[0], drawn)
     assert fast.name == f"{exact.name}, fast"
+
+
+def test_a_bundle_and_its_checkpoint_draw_the_same():
+    pytest.importorskip("diffusers")
+    from pidiff.runtime.faces import FaceReader
+    bundle = BundleGenerator(None, "onnxruntime", None, None)
+    checkpoint = CheckpointGenerator(MINI, None, None, lambda size: FaceReader(bundle.pipeline._graph, size))
+    photo = cv2.imread(str(EXAMPLES / "person-2.jpg"))[..., ::-1]
+    (drawn, where), (expected, there) = (g.generate(g.enroll(photo), "a photo of a person, red background", 3) for g in (bundle, checkpoint))
+    assert bundle.settings == checkpoint.settings == {"solver": "ddim", "steps": 20, "guidance_scale": 3.0}
+    assert np.abs(drawn.astype(float) - expected).mean() < 1 and np.abs(where - there).max() < 0.01
 
 
 @pytest.mark.parametrize("change, sentence", [

@@ -34,8 +34,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--curve-people", type=int, default=0, help="people for the operating curves of id_scale x id_start")
     parser.add_argument("--pairs", type=int, default=0, help="pictures with two people, for the leakage between them")
     parser.add_argument("--edits", type=int, default=0, help="people who are edited along pose, smile and age (needs exact codes in DATA)")
-    parser.add_argument("--steps", type=int, help="default: the bundle's own, or 20")
-    parser.add_argument("--guidance-scale", type=float, help="default: the bundle's own, or 2.5")
+    parser.add_argument("--steps", type=int, help="default: the bundle's own (a checkpoint's too, if it is one), or 20")
+    parser.add_argument("--guidance-scale", type=float, help="default: likewise, or 3")
     parser.add_argument("--preset", choices=PRESETS, default="exact", help="of pidiff-generate, for bundles")
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--out", type=Path, required=True)
@@ -115,8 +115,7 @@ def evaluate(args) -> None:
     reader = DirectionReader(tools, known) if args.edits else None
     evaluation.run(args.prompts, args.seeds, args.curve_people, args.pairs, args.edits, reader)
     ceilings = reader_ceilings(factors, reader, subjects, args.data) | inversion_ceiling(evaluation, tools, np.random.default_rng(0))
-    settings = {"model": generator.name, "prompts": args.prompts, "seeds": args.seeds,
-                "steps": args.steps or "default", "guidance_scale": args.guidance_scale or "default"}
+    settings = {"model": generator.name, "prompts": args.prompts, "seeds": args.seeds, **generator.settings}
     summary = report.summarise(evaluation, ceilings, settings, apparent_groups(evaluation, known))
     report.write(args.out, evaluation, summary)
     print(report.markdown(summary))

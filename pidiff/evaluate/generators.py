@@ -1,10 +1,14 @@
-"""One face for what makes pictures: a bundle on any engine, or a checkpoint in PyTorch. Same seeds, same noise."""
+"""One face for what makes pictures: a bundle on any engine, or a checkpoint in PyTorch. Same seeds, same noise, same sampling.
+
+`settings` of either: solver, steps and guidance_scale of the pictures; of a bundle once there is one.
+"""
 
 from pathlib import Path
 
 import numpy as np
 
 from pidiff.runtime import Pipeline
+from pidiff.runtime.manifest import Manifest
 
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))          # boxes x0, y0, x1, y1
 LEVELS = ("coarse", "middle", "fine", "finest")
@@ -17,6 +21,7 @@ class BundleGenerator:
         self.name = f"bundle {self.pipeline.bundle.manifest.precision} on {self.pipeline.engine}" + (f", {preset}" if preset != "exact" else "")
         self.levels = LEVELS if self.pipeline.bundle.manifest.model.identity.num_groups == len(LEVELS) else ()
         self._options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "preset": preset}
+        self.settings = {}
 
     def enroll(self, photo: np.ndarray):
         return self.pipeline.enroll(photo, select="largest")
@@ -31,6 +36,7 @@ class BundleGenerator:
     def generate(self, person, prompt: str, seed: int, id_scale: float = 1.0, id_start: float = 0.0):
         """(RGB uint8 [H, W, 3], identity map [h, w] or None)."""
         result = self.pipeline.generate(person, prompt, seed=seed, id_scale=id_scale, id_start=id_start, **self._options)
+        self.settings = {"solver": result.scheduler, "steps": result.num_inference_steps, "guidance_scale": result.guidance_scale}
         return result.images[0], None if result.identity_map is None else result.identity_map[0, 0]
 
     def generate_two(self, left, right, prompt: str, seed: int) -> np.ndarray:
@@ -39,14 +45,19 @@ class BundleGenerator:
 
 
 class CheckpointGenerator:
-    """PyTorch, float32. Faces are found, aligned and freed of background as the runtime does it."""
+    """PyTorch, float32. Faces are found, aligned and freed of background as the runtime does it. What is None of the sampling is what the
+    folder's manifest names, where it is a bundle too, else the runtime's."""
 
     def __init__(self, folder: Path, steps: int | None, guidance_scale: float | None, reader_of):
         from ..model import load_model
         self.model = load_model(folder)
         self.name = "checkpoint fp32 on PyTorch"
         self.levels = LEVELS if len(self.model.adapter.config.groups) == len(LEVELS) else ()
-        self._steps, self._guidance = steps or 20, 2.5 if guidance_scale is None else guidance_scale
+        manifest = Path(folder) / "manifest.json"
+        named = Manifest.from_json(manifest.read_bytes()).scheduler if manifest.is_file() else {}
+        given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        self._sampling = {"solver": "dpmpp_2m", "num_inference_steps": 20, "guidance_scale": 3.0} | named | {k: v for k, v in given.items() if v is not None}
+        self.settings = {"solver": self._sampling["solver"], "steps": self._sampling["num_inference_steps"], "guidance_scale": self._sampling["guidance_scale"]}
         self._reader = reader_of(self.model.w_plus_encoder.config.input_size)
 
     def enroll(self, photo: np.ndarray):
@@ -85,8 +96,7 @@ class CheckpointGenerator:
         from ..train.common import to_images
         size = self.model.unet.config.sample_size
         noise = torch.from_numpy(_C.randn([seed], (self.model.unet.config.in_channels, size, size)))
-        latents, identity_map = sample_latents(self.model, w_plus, prompt, num_inference_steps=self._steps,
-                                               guidance_scale=self._guidance, latents=noise, **options)
+        latents, identity_map = sample_latents(self.model, w_plus, prompt, latents=noise, **self._sampling, **options)
         with torch.no_grad():
             image = to_images(self.model.decode_latents(latents))[0]
         return image, None if identity_map is None else identity_map[0, 0].numpy()
