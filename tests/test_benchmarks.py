@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,32 @@ def test_disruption_at_equal_similarity():
     lines = ablation.equal_similarity({"ours": curve(5, 0.8), "W+ Adapter": curve(10, 0.4), "weak": curve(5, 0.2)}, draws=20)
     assert lines == ["W+ Adapter at id_scale 1: similarity 0.520, disruption 4.00 (5 people). Disruption at that similarity, as a share of it:",
                      "ours 0.50 (0.50 - 0.50; not reached in 0% of the draws).", "weak nan (nan - nan; not reached in 100% of the draws)."]
+
+
+def test_pictures_on_a_gpu_must_agree_before_they_are_timed(tmp_path, monkeypatch):
+    """A row for every way: its median, or why it has none."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_picture
+
+    class Worker:
+        def __init__(self, way, args):
+            self.way, self.row, self.times, self.left = way, {"way": way}, [], [0.3, 0.5, 0.1]
+
+        def ask(self, line=""):
+            kind, _, file = line.partition(" ")
+            if self.way == "broken":
+                raise RuntimeError("broken must not stop, got: no word")
+            if kind == "base":
+                picture = np.random.default_rng(0).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+                np.save(file, 255 - picture if self.way == "other" else picture)
+            return {"seconds": self.left.pop() if kind == "person" else 9.0}
+
+        def close(self):
+            self.row["closed"] = True
+
+    monkeypatch.setattr(gpu_picture, "Worker", Worker)
+    args = types.SimpleNamespace(ways=["ours", "other", "broken"], device="cpu", work=tmp_path, pictures=2)
+    rows = {row["way"]: row for row in gpu_picture.measure(args)}
+    assert rows["ours"] | {"first_s": 0.1, "picture_s": 0.4, "range_s": [0.3, 0.5]} == rows["ours"]
+    assert "must be the first way's within" in rows["other"]["error"] and "no word" in rows["broken"]["error"]
+    assert all(row["closed"] for row in rows.values())

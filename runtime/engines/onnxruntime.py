@@ -175,7 +175,7 @@ def _options(ort, threads, fused, precision):
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
+    options.log_severity_level = 4          # what goes wrong is raised: one sentence, not two
     # Several sessions live in one process: idle pools must not spin while another graph runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if fused:
