@@ -11,6 +11,7 @@ pictures must agree.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -83,14 +84,14 @@ def diffusers(args, compiled):
 def worker(args, way):
     """Load, then draw whenever a line comes: `base FILE`, `person`, or nothing more. Answers in JSON."""
     name, _, how = way.partition(" ")
-    begin = time.perf_counter()
+    start = time.perf_counter()
     draw = pidiff(args, how) if name == "pidiff" else diffusers(args, bool(how))
-    print(json.dumps({"load_s": time.perf_counter() - begin}), flush=True)
+    print(json.dumps({"load_s": time.perf_counter() - start}), flush=True)
     for line in sys.stdin:
         kind, _, file = line.strip().partition(" ")
-        begin = time.perf_counter()
+        start = time.perf_counter()
         picture = draw(kind == "person")
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         if file:
             np.save(file, picture)
         print(json.dumps({"seconds": seconds}), flush=True)
@@ -115,7 +116,8 @@ class Worker:
         raise RuntimeError(f"{self.way} must not stop, got: {last[-1][:300]}")
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):      # it has ended
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -133,32 +135,40 @@ def likeness(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(np.mean((a.astype(float) - b.astype(float)) ** 2), 1e-9)))
 
 
+def begin(worker: Worker, args, base: np.ndarray | None) -> np.ndarray:
+    """Let it load, draw what must agree with `base`, and its first picture; returns the former. RuntimeError where it does not agree."""
+    before, file = held() if args.device == "cuda" else 0, args.work / "base.npy"
+    worker.row |= worker.ask()
+    worker.ask(f"base {file}")
+    picture = np.load(file)
+    base = picture if base is None else base
+    worker.row |= {"likeness_db": round(likeness(picture, base), 1), "first_s": worker.ask("person")["seconds"]}
+    if worker.row["likeness_db"] < LEAST:
+        raise RuntimeError(f"its picture without a person must be the first way's within {LEAST} dB, got {worker.row['likeness_db']}")
+    worker.row["gpu_mib"] = held() - before if args.device == "cuda" else None
+    return base
+
+
 def measure(args) -> list[dict]:
     """A row for every way; one that fails has `error`."""
     workers, base = [], None
     for way in args.ways:       # one after the other, so that each one's memory is known
-        before = held() if args.device == "cuda" else 0
-        worker, file = Worker(way, args), args.work / "base.npy"
+        workers.append(worker := Worker(way, args))
         try:
-            worker.row |= worker.ask()
-            worker.ask(f"base {file}")
-            picture = np.load(file)
-            base = picture if base is None else base
-            worker.row |= {"likeness_db": round(likeness(picture, base), 1), "first_s": worker.ask("person")["seconds"]}
-            if worker.row["likeness_db"] < LEAST:
-                raise RuntimeError(f"its picture without a person must be the first way's within {LEAST} dB, got {worker.row['likeness_db']}")
-            worker.row["gpu_mib"] = held() - before if args.device == "cuda" else None
-            workers.append(worker)
+            base = begin(worker, args, base)
         except (RuntimeError, OSError) as e:
             worker.row["error"] = str(e)
-            worker.close()
-            yield worker.row
-    for _ in range(args.pictures):
-        for worker in workers:
-            worker.times.append(worker.ask("person")["seconds"])
+    for worker in args.pictures * workers:      # in turns
+        if "error" not in worker.row:
+            try:
+                worker.times.append(worker.ask("person")["seconds"])
+            except (RuntimeError, OSError) as e:
+                worker.row["error"] = str(e)
     for worker in workers:
         worker.close()
-        yield worker.row | {"picture_s": median(worker.times), "range_s": [min(worker.times), max(worker.times)]}
+        if worker.times and "error" not in worker.row:
+            worker.row |= {"picture_s": median(worker.times), "range_s": [min(worker.times), max(worker.times)]}
+    return [worker.row for worker in workers]
 
 
 def main() -> int:
@@ -179,7 +189,7 @@ def main() -> int:
     prepare(args.work)
     if args.prepare:
         return 0
-    rows = list(measure(args))
+    rows = measure(args)
     print("| way | s a picture | range | first picture s | loaded s | GPU MiB | likeness dB |\n|---|---|---|---|---|---|---|")
     for r in rows:
         if "error" in r:
