@@ -58,6 +58,7 @@ def run_variant(name: str, args) -> None:
             [*TERMS[name], "--steps", str(args.term_steps), "--keep-mapper"]
         subprocess.run([sys.executable, "-m", "pidiff.train", "adapter", "--data", *map(str, args.data), "--model", str(model),
                         "--batch-size", str(args.batch_size), "--seed", str(args.seed), "--device", args.device, *how], check=True, cwd=folder)
+    # Not the default guidance: rows of all dates can be compared.
     subprocess.run([sys.executable, "-m", "pidiff.evaluate", "--checkpoint", str(model), "--data", str(args.data[0]),
                     "--embedder", str(args.embedder), "--people", str(args.people), "--prompts", "1", "--seeds", "1", "--guidance-scale", "2.5",
                     "--curve-people", str(args.curve_people if new else 0), "--out", str(report)], check=True, cwd=folder)

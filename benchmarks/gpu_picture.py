@@ -5,7 +5,7 @@
 512 x 512 px (--size), float16, DPM++ 2M, guidance, one person, random weights (made in FOLDER once, 6 GB with the bundle). Every way has a
 process of its own; they draw in turns, a picture each. First each draws two steps of DDIM without a person from one noise: those
 pictures must agree.
-`gpu_mib` is what the process holds on the GPU in the end. --device cpu rehearses it.
+`gpu_mib` is what the process holds on the GPU after its first pictures. --device cpu rehearses it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from statistics import median
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from benchmarks.presets import psnr  # noqa: E402
+from benchmarks.rivals import once, prepare_model, run  # noqa: E402
+
 WAYS = ("pidiff exact", "pidiff balanced", "pidiff fast", "diffusers", "diffusers compiled")
 PROMPT, SEED, GUIDANCE = "a photo of a person", 7, 7.5
 LEAST = 35.0        # dB between two pictures of one noise in float16
@@ -31,13 +35,6 @@ def held() -> int:
     """MiB that are taken on the GPU."""
     names = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(names, capture_output=True, text=True, check=True).stdout.split()[0])
-
-
-def noise(side):
-    """The latents that PIDiff begins with."""
-    from pidiff import _C
-
-    return _C.randn([SEED], (4, side, side))
 
 
 def pidiff(args, preset):
@@ -56,9 +53,15 @@ def pidiff(args, preset):
 
 def diffusers(args, compiled):
     import torch
-    from diffusers_worker import make_pipeline, make_scheduler
+    from diffusers_worker import caller, make_pipeline, make_scheduler
+    from protocol import Clock
 
-    job = {"threads": torch.get_num_threads(), "model": args.work / "sd15", "solver": "ddim", "identity": True}
+    from pidiff import _C
+
+    noise = args.work / "noise.npy"
+    np.save(noise, _C.randn([SEED], (4, args.size // 8, args.size // 8)))      # what PIDiff begins with
+    job = {"threads": torch.get_num_threads(), "model": args.work / "sd15", "solver": "ddim", "identity": True, "batch": 1, "noise": noise,
+           "prompt": PROMPT, "size": args.size, "guidance_scale": GUIDANCE}
     dtype = torch.float16 if args.device == "cuda" else torch.float32
     pipe, extra = make_pipeline(job, dtype)
     pipe.to(args.device)
@@ -68,21 +71,18 @@ def diffusers(args, compiled):
     if compiled:
         pipe.unet.compile(mode="reduce-overhead")
     schedulers = {True: make_scheduler(pipe.scheduler.config, "dpmpp_2m"), False: pipe.scheduler}
-    start = torch.from_numpy(noise(args.size // 8)).to(args.device, dtype)
+    generate = caller(pipe, extra, job, dtype)
 
     def draw(identity=True):
         pipe.set_ip_adapter_scale(float(identity))
         pipe.scheduler = schedulers[identity]
-        with torch.inference_mode():
-            picture = pipe(PROMPT, height=args.size, width=args.size, num_inference_steps=args.steps if identity else 2, latents=start, guidance_scale=GUIDANCE,
-                           output_type="np", **extra).images[0]
-        return (picture * 255).round().astype(np.uint8)
+        return generate(args.steps if identity else 2, Clock())[0]
 
     return draw
 
 
 def worker(args, way):
-    """Load, then draw whenever a line comes: `base FILE`, `person`, or nothing more. Answers in JSON."""
+    """Load, then draw whenever a line comes, `base FILE` or `person`, until there are no more. Answers in JSON."""
     name, _, how = way.partition(" ")
     start = time.perf_counter()
     draw = pidiff(args, how) if name == "pidiff" else diffusers(args, bool(how))
@@ -123,16 +123,8 @@ class Worker:
 
 def prepare(work: Path) -> None:
     """The random model in diffusers' layout, and its bundle in float16."""
-    sys.path.insert(0, str(HERE.parent))
-    from benchmarks.rivals import once, prepare_model, run
-
     model = prepare_model(work)
     once(work / "bundle", lambda part: run([sys.executable, "-m", "pidiff.export", model, part, "--fp16", "--report", "none", "--quiet"], work / "export.log"))
-
-
-def likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """PSNR in dB."""
-    return float(10 * np.log10(255**2 / max(np.mean((a.astype(float) - b.astype(float)) ** 2), 1e-9)))
 
 
 def begin(worker: Worker, args, base: np.ndarray | None) -> np.ndarray:
@@ -141,12 +133,12 @@ def begin(worker: Worker, args, base: np.ndarray | None) -> np.ndarray:
     worker.row |= worker.ask()
     worker.ask(f"base {file}")
     picture = np.load(file)
-    base = picture if base is None else base
-    worker.row |= {"likeness_db": round(likeness(picture, base), 1), "first_s": worker.ask("person")["seconds"]}
-    if worker.row["likeness_db"] < LEAST:
-        raise RuntimeError(f"its picture without a person must be the first way's within {LEAST} dB, got {worker.row['likeness_db']}")
+    likeness = None if base is None else round(psnr(picture, base), 1)
+    worker.row |= {"likeness_db": likeness, "first_s": worker.ask("person")["seconds"]}
+    if likeness is not None and likeness < LEAST:
+        raise RuntimeError(f"its picture without a person must be the first way's within {LEAST} dB, got {likeness}")
     worker.row["gpu_mib"] = held() - before if args.device == "cuda" else None
-    return base
+    return picture if base is None else base
 
 
 def measure(args) -> list[dict]:

@@ -145,7 +145,7 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     for key in ("rank1", "verification_rate", "background_accuracy", "disruption", "copy_paste", "identity_map_inside"):
         assert {"mean", "low", "high"} <= summary[key].keys()
-    assert summary["settings"]["steps"] == 2 and summary["settings"]["guidance_scale"] == 3
+    assert summary["settings"]["num_inference_steps"] == 2 and summary["settings"]["guidance_scale"] == 3
     assert 0 <= summary["leakage"]["mean"] < 1, "what is changed on the right stays there"
     assert summary["anchors"]["genuine_rank1"]["mean"] == 1 and summary["settings"]["pictures"] == 8
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
@@ -172,7 +172,7 @@ def test_a_bundle_and_its_checkpoint_draw_the_same():
     checkpoint = CheckpointGenerator(MINI, None, None, lambda size: FaceReader(bundle.pipeline._graph, size))
     photo = cv2.imread(str(EXAMPLES / "person-2.jpg"))[..., ::-1]
     (drawn, where), (expected, there) = (g.generate(g.enroll(photo), "a photo of a person, red background", 3) for g in (bundle, checkpoint))
-    assert bundle.settings == checkpoint.settings == {"solver": "ddim", "steps": 20, "guidance_scale": 3.0}
+    assert bundle.settings == checkpoint.settings == {"solver": "ddim", "num_inference_steps": 20, "guidance_scale": 3.0}
     assert np.abs(drawn.astype(float) - expected).mean() < 1 and np.abs(where - there).max() < 0.01
 
 

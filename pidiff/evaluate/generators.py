@@ -1,6 +1,6 @@
 """One face for what makes pictures: a bundle on any engine, or a checkpoint in PyTorch. Same seeds, same noise, same sampling.
 
-`settings` of either: solver, steps and guidance_scale of the pictures; of a bundle once there is one.
+`settings` of either: solver, num_inference_steps and guidance_scale of the pictures; of a bundle once there is one.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ class BundleGenerator:
     def generate(self, person, prompt: str, seed: int, id_scale: float = 1.0, id_start: float = 0.0):
         """(RGB uint8 [H, W, 3], identity map [h, w] or None)."""
         result = self.pipeline.generate(person, prompt, seed=seed, id_scale=id_scale, id_start=id_start, **self._options)
-        self.settings = {"solver": result.scheduler, "steps": result.num_inference_steps, "guidance_scale": result.guidance_scale}
+        self.settings = {"solver": result.scheduler, "num_inference_steps": result.num_inference_steps, "guidance_scale": result.guidance_scale}
         return result.images[0], None if result.identity_map is None else result.identity_map[0, 0]
 
     def generate_two(self, left, right, prompt: str, seed: int) -> np.ndarray:
@@ -56,8 +56,7 @@ class CheckpointGenerator:
         manifest = Path(folder) / "manifest.json"
         named = Manifest.from_json(manifest.read_bytes()).scheduler if manifest.is_file() else {}
         given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        self._sampling = {"solver": "dpmpp_2m", "num_inference_steps": 20, "guidance_scale": 3.0} | named | {k: v for k, v in given.items() if v is not None}
-        self.settings = {"solver": self._sampling["solver"], "steps": self._sampling["num_inference_steps"], "guidance_scale": self._sampling["guidance_scale"]}
+        self.settings = {"solver": "dpmpp_2m", "num_inference_steps": 20, "guidance_scale": 3.0} | named | {k: v for k, v in given.items() if v is not None}
         self._reader = reader_of(self.model.w_plus_encoder.config.input_size)
 
     def enroll(self, photo: np.ndarray):
@@ -96,7 +95,7 @@ class CheckpointGenerator:
         from ..train.common import to_images
         size = self.model.unet.config.sample_size
         noise = torch.from_numpy(_C.randn([seed], (self.model.unet.config.in_channels, size, size)))
-        latents, identity_map = sample_latents(self.model, w_plus, prompt, latents=noise, **self._sampling, **options)
+        latents, identity_map = sample_latents(self.model, w_plus, prompt, latents=noise, **self.settings, **options)
         with torch.no_grad():
             image = to_images(self.model.decode_latents(latents))[0]
         return image, None if identity_map is None else identity_map[0, 0].numpy()
