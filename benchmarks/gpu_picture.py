@@ -11,7 +11,6 @@ pictures must agree.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from benchmarks.gpu_step import Process  # noqa: E402
 from benchmarks.presets import psnr  # noqa: E402
 from benchmarks.rivals import once, prepare_model, run  # noqa: E402
 
@@ -82,11 +82,11 @@ def diffusers(args, compiled):
 
 
 def worker(args, way):
-    """Load, then draw whenever a line comes, `base FILE` or `person`, until there are no more. Answers in JSON."""
+    """Load, then draw whenever a line comes, `base FILE` or `person`, until there are no more. Answers in lines of "@" and JSON."""
     name, _, how = way.partition(" ")
     start = time.perf_counter()
     draw = pidiff(args, how) if name == "pidiff" else diffusers(args, bool(how))
-    print(json.dumps({"load_s": time.perf_counter() - start}), flush=True)
+    print("@" + json.dumps({"load_s": time.perf_counter() - start}), flush=True)
     for line in sys.stdin:
         kind, _, file = line.strip().partition(" ")
         start = time.perf_counter()
@@ -94,30 +94,25 @@ def worker(args, way):
         seconds = time.perf_counter() - start
         if file:
             np.save(file, picture)
-        print(json.dumps({"seconds": seconds}), flush=True)
+        print("@" + json.dumps({"seconds": seconds}), flush=True)
 
 
-class Worker:
+class Worker(Process):
     def __init__(self, way: str, args) -> None:
-        self.way, self.row, self.times = way, {"way": way}, []
         command = [sys.executable, __file__, "--worker", way, "--work", args.work, "--steps", args.steps, "--size", args.size, "--device", args.device]
-        self.log = args.work / f"{way.replace(' ', '-')}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        super().__init__(command, args.work / f"{way.replace(' ', '-')}.log")
+        self.way, self.row, self.times, self.patience = way, {"way": way}, [], args.patience
 
     def ask(self, line: str = "") -> dict:
+        """Its answer to a line. RuntimeError where it has ended or takes too long."""
         if line:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        while answer := self.process.stdout.readline():
-            if answer.startswith("{"):
-                return json.loads(answer)
-        last = self.log.read_text().strip().splitlines() or ["no word"]
-        raise RuntimeError(f"{self.way} must not stop, got: {last[-1][:300]}")
+            self.send(line)
+        if answer := self.next(self.patience):
+            return json.loads(answer)
+        raise RuntimeError(f"{self.way} must answer within {self.patience:g} s, got: {self.last_word()}")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):      # it has ended
-            self.process.stdin.close()
+        self.process.kill()     # it keeps nothing
         self.process.wait()
 
 
@@ -128,7 +123,7 @@ def prepare(work: Path) -> None:
 
 
 def begin(worker: Worker, args, base: np.ndarray | None) -> np.ndarray:
-    """Let it load, draw what must agree with `base`, and its first picture; returns the former. RuntimeError where it does not agree."""
+    """Let it load, draw what must agree with `base`, and its first picture; returns the first of them. RuntimeError where it does not agree."""
     before, file = held() if args.device == "cuda" else 0, args.work / "base.npy"
     worker.row |= worker.ask()
     worker.ask(f"base {file}")
@@ -138,27 +133,30 @@ def begin(worker: Worker, args, base: np.ndarray | None) -> np.ndarray:
     if likeness is not None and likeness < LEAST:
         raise RuntimeError(f"its picture without a person must be the first way's within {LEAST} dB, got {likeness}")
     worker.row["gpu_mib"] = held() - before if args.device == "cuda" else None
-    return picture if base is None else base
+    return picture
 
 
 def measure(args) -> list[dict]:
-    """A row for every way; one that fails has `error`."""
+    """A row for every way; one that fails has `error`, and ends there."""
     workers, base = [], None
-    for way in args.ways:       # one after the other, so that each one's memory is known
-        workers.append(worker := Worker(way, args))
+
+    def tried(worker, work):
         try:
-            base = begin(worker, args, base)
+            return work()
         except (RuntimeError, OSError) as e:
             worker.row["error"] = str(e)
+            worker.close()
+
+    for way in args.ways:       # one after the other, so that each one's memory is known
+        workers.append(worker := Worker(way, args))
+        picture = tried(worker, lambda: begin(worker, args, base))
+        base = picture if base is None else base
     for worker in args.pictures * workers:      # in turns
         if "error" not in worker.row:
-            try:
-                worker.times.append(worker.ask("person")["seconds"])
-            except (RuntimeError, OSError) as e:
-                worker.row["error"] = str(e)
+            tried(worker, lambda: worker.times.append(worker.ask("person")["seconds"]))
     for worker in workers:
-        worker.close()
-        if worker.times and "error" not in worker.row:
+        if "error" not in worker.row:
+            worker.close()
             worker.row |= {"picture_s": median(worker.times), "range_s": [min(worker.times), max(worker.times)]}
     return [worker.row for worker in workers]
 
@@ -171,10 +169,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--patience", type=float, default=90.0, help="seconds that a way may take for any one thing")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--prepare", action="store_true", help="make model and bundle, measure nothing")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := [way for way in args.ways if way not in WAYS]:
+        parser.error(f"WAY must be among {', '.join(WAYS)}, got {unknown[0]!r}")
     if args.worker:
         worker(args, args.worker)
         return 0

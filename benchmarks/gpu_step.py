@@ -25,12 +25,11 @@ WAYS = ["diffusers", "ours", "runtime", "ort-fused", "compiled", "ort-fused-nhwc
 LONGEST, USUAL = 30.0, 5.0      # seconds that timing one way may take, and takes
 
 
-class Worker:
-    """A process that computes one way; its lines come in through a thread."""
+class Process:
+    """A process whose lines that begin with "@" come in through a thread; what else it says goes to a log."""
 
-    def __init__(self, way: str, job: Path, log: Path) -> None:
-        self.way, self.log, self.lines, self.ready, self.rows, self.ended, self.done = way, log, queue.Queue(), False, [], False, False
-        command = [sys.executable, HERE / "gpu_step_ways.py", way, job]
+    def __init__(self, command: list, log: Path) -> None:
+        self.log, self.lines, self.ended = log, queue.Queue(), False
         with log.open("w") as out:
             self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True)
         threading.Thread(target=self._read, daemon=True).start()
@@ -52,14 +51,30 @@ class Worker:
         self.ended = line is None
         return line
 
+    def send(self, line: str) -> None:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def last_word(self) -> str:
+        """The end of its log."""
+        last = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()][-1:] or ["no word"]
+        return last[0][:300]
+
+
+class Worker(Process):
+    """Computes one way."""
+
+    def __init__(self, way: str, job: Path, log: Path) -> None:
+        super().__init__([sys.executable, HERE / "gpu_step_ways.py", way, job], log)
+        self.way, self.ready, self.rows, self.done = way, False, [], False
+
     def wait_ready(self, end: float) -> bool:
         if not self.ready:
             self.ready = self.next(end - time.monotonic()) == "ready"
         return self.ready
 
     def time(self, end: float) -> None:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        self.send("go")
         while (line := self.next(end - time.monotonic())) and line != "done":
             self.rows.append(json.loads(line))
         self.done = line == "done"
@@ -77,8 +92,7 @@ class Worker:
                     return ""
         if self.process.returncode == 0:
             return ""
-        last = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()][-1:] or ["no word"]
-        return ("not ready in time; " if late else "") + last[0][:300]
+        return ("not ready in time; " if late else "") + self.last_word()
 
 
 def graph_form(way: str) -> str | None:
