@@ -55,7 +55,7 @@ def run_variant(name: str, args) -> None:
         shutil.copytree(args.model, model, ignore=shutil.ignore_patterns(*left_out))
     if name != UNTRAINED:
         how = [*FORMS[name], "--steps", str(args.form_steps), "--matrix-learning-rate", "0.01", "--learning-rate", "1e-3"] if new else \
-            [*TERMS[name], "--steps", str(args.term_steps), "--keep-mapper"]
+            [*TERMS[name], "--steps", str(args.term_steps)]
         subprocess.run([sys.executable, "-m", "pidiff.train", "adapter", "--data", *map(str, args.data), "--model", str(model),
                         "--batch-size", str(args.batch_size), "--seed", str(args.seed), "--device", args.device, *how], check=True, cwd=folder)
     # Not the default guidance: rows of all dates can be compared.

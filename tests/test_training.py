@@ -114,9 +114,9 @@ def test_a_folder_without_state_is_gone_on_with(trained, people_folder, tmp_path
     assert 0 < (after - before).abs().max() < 0.01 * before.abs().max()
 
 
-@pytest.mark.parametrize("stage", ["base", "adapter"])
-def test_a_bundle_copy_keeps_its_mapper_where_asked(stage, trained, people_folder, tmp_path):
-    """Without MODEL/mapper, as in a bundle, --keep-mapper freezes the adapter's; without it, the mapper is trained on."""
+@pytest.mark.parametrize("stage, keep, move", [("base", ["--keep-mapper"], []), ("adapter", [], ["--no-keep-mapper"])])
+def test_a_bundle_copy_keeps_its_mapper_where_asked(stage, keep, move, trained, people_folder, tmp_path):
+    """Without MODEL/mapper, as in a bundle, the adapter's is frozen by --keep-mapper, the adapter stage's default; else it is trained on."""
     from safetensors.torch import load_file
 
     def mapper_after(name, *options):
@@ -126,7 +126,7 @@ def test_a_bundle_copy_keeps_its_mapper_where_asked(stage, trained, people_folde
         return {k: v for k, v in state.items() if k.startswith("mapper.") and "latent_avg" not in k}
 
     before = load_file(trained / "adapter" / "model.safetensors")
-    kept, moved = mapper_after("kept", "--keep-mapper"), mapper_after("moved")
+    kept, moved = mapper_after("kept", *keep), mapper_after("moved", *move)
     assert kept and all(torch.equal(v, before[k]) for k, v in kept.items())
     assert any(not torch.equal(v, before[k]) for k, v in moved.items())
 
@@ -217,6 +217,8 @@ def test_keep_mapper_without_a_mapper_is_one_sentence(people_folder, trained, tm
     assert capsys.readouterr().err.count("\n") == 1
     assert run("vae", people_folder, tmp_path, "--keep-mapper") == 1
     assert "keep-mapper must be given to the base or adapter stage, got it for vae" in capsys.readouterr().err
+    assert run("adapter", people_folder, tmp_path, "--keep-mapper", "--new-adapter", "parallel") == 1
+    assert "keep-mapper must be left out for a new adapter, got it with parallel" in capsys.readouterr().err
     assert run("encoder", people_folder, tmp_path, "--with-mapper") == 1
     assert "with-mapper must be given with a mapper to train" in capsys.readouterr().err
     assert run("mapper", people_folder, tmp_path, "--with-mapper") == 1

@@ -61,8 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders written by pidiff-data: synthetic people, or photos")
     parser.add_argument("--model", type=Path, required=True, help="model folder to read from and write to")
-    parser.add_argument("--keep-mapper", action="store_true",
-                        help="base and adapter stages: go on with the mapper of MODEL/adapter as it is")
+    parser.add_argument("--keep-mapper", action=argparse.BooleanOptionalAction,
+                        help="base and adapter stages: go on with the mapper of MODEL/adapter as it is (default: in the adapter stage, but for a new adapter)")
     parser.add_argument("--with-mapper", action="store_true",
                         help="encoder stage: train encoder and mapper together, as an autoencoder of faces (then base)")
     parser.add_argument("--likeness", type=float, default=0.0,
@@ -83,8 +83,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             group.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"default: {f.default}")
     args = parser.parse_args(argv)
     args.terms, args.distill = _given(args, "adapter", AdapterOptions), _given(args, "distill", DistillOptions)
-    if args.keep_mapper and args.stage not in ("base", "adapter"):
+    if args.keep_mapper is not None and args.stage not in ("base", "adapter"):
         raise ValueError(f"keep-mapper must be given to the base or adapter stage, got it for {args.stage}")
+    if args.keep_mapper and args.new_adapter:
+        raise ValueError(f"keep-mapper must be left out for a new adapter, got it with {args.new_adapter}")
+    if args.keep_mapper is None:        # few pictures of the adapter stage undo what the mapper stage's many taught
+        args.keep_mapper = args.stage == "adapter" and args.new_adapter is None
     if args.with_mapper and args.stage != "encoder":
         raise ValueError(f"with-mapper must be given to the encoder stage, got it for {args.stage}")
     if args.teacher is not None and args.stage != "distill":
