@@ -217,6 +217,8 @@ def test_keep_mapper_without_a_mapper_is_one_sentence(people_folder, trained, tm
     assert capsys.readouterr().err.count("\n") == 1
     assert run("vae", people_folder, tmp_path, "--keep-mapper") == 1
     assert "keep-mapper must be given to the base or adapter stage, got it for vae" in capsys.readouterr().err
+    assert run("base", people_folder, tmp_path, "--no-keep-mapper") == 1
+    assert "no-keep-mapper must be given to the adapter stage, got it for base" in capsys.readouterr().err
     assert run("adapter", people_folder, tmp_path, "--keep-mapper", "--new-adapter", "parallel") == 1
     assert "keep-mapper must be left out for a new adapter, got it with parallel" in capsys.readouterr().err
     assert run("encoder", people_folder, tmp_path, "--with-mapper") == 1

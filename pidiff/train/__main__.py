@@ -83,7 +83,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             group.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"default: {f.default}")
     args = parser.parse_args(argv)
     args.terms, args.distill = _given(args, "adapter", AdapterOptions), _given(args, "distill", DistillOptions)
-    if args.keep_mapper is not None and args.stage not in ("base", "adapter"):
+    if args.keep_mapper is False and args.stage != "adapter":
+        raise ValueError(f"no-keep-mapper must be given to the adapter stage, got it for {args.stage}")
+    if args.keep_mapper and args.stage not in ("base", "adapter"):
         raise ValueError(f"keep-mapper must be given to the base or adapter stage, got it for {args.stage}")
     if args.keep_mapper and args.new_adapter:
         raise ValueError(f"keep-mapper must be left out for a new adapter, got it with {args.new_adapter}")
