@@ -80,7 +80,7 @@ def test_clean_share_decodes_the_encoders_latents(mini, sampled):
 def test_stage_changes_the_decoder_alone(people_folder, tmp_path):
     from safetensors.torch import load_file
     from pidiff.train.__main__ import main
-    shutil.copytree(shipped_mini(), tmp_path / "model")
+    shutil.copytree(shipped_mini(), tmp_path / "model", ignore=shutil.ignore_patterns("manifest.json"))
     file = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     before = load_file(file)
     assert main(["decoder", "--data", str(people_folder), "--model", str(tmp_path / "model"), "--steps", "2", "--batch-size", "2",

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from pidiff.autoencoder import MINI_VAE, PatchAutoencoder
+from pidiff.model import shipped_mini
 from pidiff.train.__main__ import main
 from pidiff.train.base import localisation_loss
 from trained_folder import run
@@ -161,7 +162,6 @@ def test_encoder_and_mapper_train_together(trained, people_folder, tmp_path):
 
 
 def test_autoencoder_draws_photos_better(people):
-    from pidiff.autoencoder import MINI_VAE, PatchAutoencoder
     from pidiff.config import ADAPTER_MINI, W_PLUS_MINI
     from pidiff.train.face import AutoencoderLoss, FaceAutoencoder
     from pidiff.train.mapper import RenderingMapper, white_latents
@@ -291,6 +291,15 @@ def test_bad_arguments_give_one_sentence(arguments, sentence, people_folder, tmp
 def test_missing_data_gives_one_sentence(tmp_path, capsys):
     assert main(["vae", "--data", str(tmp_path), "--model", str(tmp_path)]) == 1
     assert "data must be a folder with manifest.csv" in capsys.readouterr().err
+
+
+def test_a_bundle_is_not_trained(people_folder, tmp_path, capsys):
+    """Its manifest holds hashes of the weights: trained, it would be a bundle that nothing opens. A copy without the manifest is a model."""
+    bundle = shutil.copytree(shipped_mini(), tmp_path / "mini")
+    before = {f: f.stat().st_mtime_ns for f in bundle.rglob("*")}
+    assert main(["base", "--data", str(people_folder), "--model", str(bundle), "--steps", "1"]) == 1
+    assert f"model must be a model folder, got the bundle {bundle}" in capsys.readouterr().err
+    assert {f: f.stat().st_mtime_ns for f in bundle.rglob("*")} == before
 
 
 def test_logs_hold_losses(trained):

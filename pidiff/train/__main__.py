@@ -111,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
         return personalize.main(argv[1:])
     try:
         args = parse(argv)
+        if (args.model / "manifest.json").is_file():
+            raise ValueError(f"model must be a model folder, got the bundle {args.model}, whose manifest holds hashes of the weights; "
+                             "train a copy of it without manifest.json")
         people = load_people(args.data, picture_size(args), "train", args.people_limit)
         if len(people) == 0:
             raise ValueError(f"data must hold at least one picture of the training split, got none in {', '.join(map(str, args.data))}")
