@@ -73,7 +73,7 @@ def attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, num_heads: t
     q [B, S, C], k and v [B, T, C], float32 or float16 (bfloat16 too with implementation="cuda"), contiguous
     along the last axis; returns [B, S, C] in the same dtype. Arithmetic is float32, but for
     implementation="avx512bf16", which rounds the operands of both products to bfloat16, and "low", which is that
-    from 512 keys on where the processor has it, else "auto".
+    from 512 keys on where that is faster (AMD's processors), else "auto".
     """
 def cpu_implementations() -> list[str]:
     """

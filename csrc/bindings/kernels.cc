@@ -115,7 +115,7 @@ void bind_kernels(py::module_& m) {
         "q [B, S, C], k and v [B, T, C], float32 or float16 (bfloat16 too with implementation=\"cuda\"), contiguous\n"
         "along the last axis; returns [B, S, C] in the same dtype. Arithmetic is float32, but for\n"
         "implementation=\"avx512bf16\", which rounds the operands of both products to bfloat16, and \"low\", which is that\n"
-        "from 512 keys on where the processor has it, else \"auto\".");
+        "from 512 keys on where that is faster (AMD's processors), else \"auto\".");
   m.def("identity_mix", &py_identity_mix, py::arg("h"), py::arg("y"), py::arg("a"), py::arg("v_id"), py::arg("mask"),
         py::arg("scale"), py::arg("num_heads"), py::arg("has_null"), py::arg("implementation") = "auto",
         "The folded identity term with its residual add: h + scale * sum_p mask_p * softmax(y a_p) v_p, per head.\n\n"

@@ -58,7 +58,8 @@ struct IdentityMixParams {
 // Implementations, slowest first. `automatic` takes the last CPU one that this processor runs and that computes in
 // float32. `avx512bf16` does not: its `attention` rounds the operands of both products (q, k, weights, v) to bfloat16;
 // sums and softmax stay float32, and so does identity_mix. `low_precision` is `avx512bf16` for the `attention` of many
-// keys where the processor has it (what it saves on few is little beside a layer's other work), else `automatic`.
+// keys where it is faster, which is on AMD's processors (what it saves on few is little beside a layer's other work), else
+// `automatic`.
 enum class Implementation : std::uint8_t {
   automatic, low_precision, reference, portable, avx2, avx512, avx512bf16, cuda
 };
