@@ -51,6 +51,28 @@ __attribute__((target("avx2,fma"))) static double float32(long rounds) {
   return 2.0 * 8 * count * static_cast<double>(rounds);
 }
 
+alignas(64) static const struct {
+  unsigned char palette = 1, start = 0, reserved[14] = {};
+  unsigned short bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+} tile_layout;
+
+// Four products on eight tiles, as many as a kernel has in flight.
+__attribute__((target("amx-tile,amx-bf16"))) static double tiles(long rounds) {
+  _tile_loadconfig(&tile_layout);
+  for (long i = 0; i < rounds; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return 2.0 * 4 * 16 * 16 * 32 * static_cast<double>(rounds);
+}
+
+// To be called only where Linux has granted the tile registers, as it has when the core lists "amx".
+extern "C" double amx_operations(long rounds) { return tiles(rounds); }
+
 extern "C" double float32_operations(long rounds) {
   if (__builtin_cpu_supports("avx512f")) return float32_wide(rounds);
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? float32(rounds) : 0.0;
@@ -75,4 +97,5 @@ extern "C" double float32_operations(long rounds) {
 }
 
 extern "C" double bfloat16_operations(long) { return 0.0; }
+extern "C" double amx_operations(long) { return 0.0; }
 #endif

@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--threads N] [--rounds N] [--quick] [--callgrind]
 
 The rate they are held against is measured by kernel_rate.cc (needs g++): multiply-adds on registers, in float32 and, where
-the processor has AVX-512-BF16, in bfloat16. It is an upper bound that no real product reaches; PyTorch's matmul of
+the processor has AVX-512-BF16 or AMX, in bfloat16. It is an upper bound that no real product reaches; PyTorch's matmul of
 1024 x 1024 matrices is printed beside it. All are measured in turns, in one process, by processor time divided by the
 threads, so that other work on the machine disturbs as little as it can; the table has medians. Every output is first
 compared with float64 on some rows.
@@ -40,8 +40,10 @@ def rates() -> dict:
         source = Path(__file__).with_name("kernel_rate.cc")
         subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
         loaded = ctypes.CDLL(str(library))
+    import pidiff._C as core
+
     found = {}
-    for name in ("float32", "bfloat16"):
+    for name in ("float32", "bfloat16", *(["amx"] if "amx" in core.cpu_implementations() else [])):
         function = getattr(loaded, f"{name}_operations")
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long]
         if function(1):
@@ -66,8 +68,7 @@ def candidates(q, k, v, heads: int) -> dict:
     names = core.cpu_implementations()
     result = {f"{name} f32": ("float32", ours(name)) for name in names if name in ("avx2", "avx512", "neon")}
     result["stored f16"] = ("float16", ours("auto", np.float16))
-    if "avx512bf16" in names:
-        result["avx512bf16"] = ("bfloat16", ours("avx512bf16"))
+    result |= {name: ("bfloat16", ours(name)) for name in ("avx512bf16", "amx") if name in names}
     return result | {"torch f32": ("float32", sdpa(torch.float32)), "torch bf16": ("bfloat16", sdpa(torch.bfloat16))}
 
 
@@ -119,7 +120,7 @@ def table(args) -> None:
         times, peaks = measure(shape, args.rounds, args.threads, rate)
         print("S {} keys {} heads {} d {}; rate ".format(*shape) + ", ".join(f"{n} {p:.0f}" for n, p in peaks.items()))
         for name, value in times.items():
-            peak = peaks["bfloat16" if name == "avx512bf16" else "float32"]
+            peak = peaks[{"avx512bf16": "bfloat16", "amx": "amx"}.get(name, "float32")]
             shown = "" if name == "torch bf16" else f"  {value / peak:.2f} of the rate"
             print(f"  {name:12} {value:6.1f}{shown}", flush=True)
 

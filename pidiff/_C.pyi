@@ -72,8 +72,9 @@ def attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, num_heads: t
     
     q [B, S, C], k and v [B, T, C], float32 or float16 (bfloat16 too with implementation="cuda"), contiguous
     along the last axis; returns [B, S, C] in the same dtype. Arithmetic is float32, but for
-    implementation="avx512bf16", which rounds the operands of both products to bfloat16, and "low", which is that
-    from 512 keys on where that is faster (AMD's processors), else "auto".
+    implementation="avx512bf16" and "amx", which round the operands of both products to bfloat16, and "low", which is
+    one of these from 512 keys on where that is faster ("amx" where it runs, else "avx512bf16" on AMD's processors),
+    else "auto".
     """
 def cpu_implementations() -> list[str]:
     """

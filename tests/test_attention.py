@@ -110,7 +110,7 @@ if importlib.util.find_spec("torch"):
     CARRIERS["torch"] = through_torch("reference")
     CARRIERS["torch-native"] = through_torch("native")
 # Carriers that round the operands of both products; the others compute in float32.
-OPERANDS = {"avx512bf16": bfloat16}
+OPERANDS = {"avx512bf16": bfloat16, "amx": bfloat16}
 FAST = [name for name in CARRIERS if name != "reference"]
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -205,15 +205,16 @@ def test_attention_is_repeatable(rng, carrier):
 
 
 def test_only_who_allows_it_gets_bfloat16(rng):
-    """`low`, which a session gets with precision "auto", rounds where there are many keys and that is faster: on AMD's processors
-    that can, not on Intel's. The default and "full" are float32 to the bit."""
+    """`low`, which a session gets with precision "auto", rounds where there are many keys and that is faster: by AMX, or by AVX-512
+    on AMD's processors, not on Intel's. The default and "full" are float32 to the bit."""
     cpuinfo = Path("/proc/cpuinfo")
     amd = cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
-    for keys, rounds in ((511, False), (512, amd and "avx512bf16" in CARRIERS)):
+    rounding = "amx" if "amx" in CARRIERS else "avx512bf16" if amd and "avx512bf16" in CARRIERS else None
+    for keys, name in ((511, None), (512, rounding)):
         q, k, v = (rng.standard_normal((1, n, 80)).astype(np.float32) for n in (60, keys, keys))
         exact, low = core.attention(q, k, v, 2), core.attention(q, k, v, 2, "low")
-        assert (exact != low).any() == rounds
-        np.testing.assert_array_equal(low, core.attention(q, k, v, 2, "avx512bf16" if rounds else "auto"))
+        assert (exact != low).any() == (name is not None)
+        np.testing.assert_array_equal(low, core.attention(q, k, v, 2, name or "auto"))
         for precision, expected in (("auto", low), (None, exact), ("full", exact)):
             np.testing.assert_array_equal(ort_attention(q, k, v, 2, precision), expected)
     assert "avx512bf16" not in CARRIERS or (core.attention(q, k, v, 2, "avx512") == exact).all()

@@ -128,7 +128,8 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 @needs_sources
 @needs_compiler
 @pytest.mark.skipif("x86_64" not in sysconfig.get_platform(), reason="x86-64 flags")
-@pytest.mark.parametrize("name,flags", [("avx2", "-mavx2 -mfma -mf16c"), ("avx512", AVX512), ("avx512bf16", f"{AVX512} -mavx512bf16"), ("portable", "")])
+@pytest.mark.parametrize("name,flags", [("avx2", "-mavx2 -mfma -mf16c"), ("avx512", AVX512), ("avx512bf16", f"{AVX512} -mavx512bf16"),
+                                        ("amx", f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"), ("portable", "")])
 def test_files_with_processor_flags_define_one_symbol(tmp_path, name, flags):
     """Any other global symbol could replace, at link time, a plainly compiled copy that older processors need."""
     target = tmp_path / "kernels.o"

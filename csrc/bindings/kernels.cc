@@ -114,8 +114,9 @@ void bind_kernels(py::module_& m) {
         "softmax(q k^T / sqrt(C / num_heads)) v per head.\n\n"
         "q [B, S, C], k and v [B, T, C], float32 or float16 (bfloat16 too with implementation=\"cuda\"), contiguous\n"
         "along the last axis; returns [B, S, C] in the same dtype. Arithmetic is float32, but for\n"
-        "implementation=\"avx512bf16\", which rounds the operands of both products to bfloat16, and \"low\", which is that\n"
-        "from 512 keys on where that is faster (AMD's processors), else \"auto\".");
+        "implementation=\"avx512bf16\" and \"amx\", which round the operands of both products to bfloat16, and \"low\", which is\n"
+        "one of these from 512 keys on where that is faster (\"amx\" where it runs, else \"avx512bf16\" on AMD's processors),\n"
+        "else \"auto\".");
   m.def("identity_mix", &py_identity_mix, py::arg("h"), py::arg("y"), py::arg("a"), py::arg("v_id"), py::arg("mask"),
         py::arg("scale"), py::arg("num_heads"), py::arg("has_null"), py::arg("implementation") = "auto",
         "The folded identity term with its residual add: h + scale * sum_p mask_p * softmax(y a_p) v_p, per head.\n\n"

@@ -10,6 +10,12 @@
 #include "kernels/attention_cpu.h"
 #include "kernels/half.h"
 
+#if defined(PIDIFF_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #ifdef PIDIFF_HAS_CUDA
 #include "kernels/attention_cuda.h"
 #endif
@@ -32,6 +38,7 @@ constexpr struct {
     {Implementation::avx2, "avx2"},
     {Implementation::avx512, "avx512"},
     {Implementation::avx512bf16, "avx512bf16"},
+    {Implementation::amx, "amx"},
     {Implementation::cuda, "cuda"},
 };
 
@@ -39,6 +46,22 @@ constexpr struct {
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Linux hands the tile registers to a process that asks for them (Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+#ifdef __linux__
+  static const bool granted = [] {
+    constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bfloat16) && (d & tiles) && has_avx512() &&
+           __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -51,6 +74,7 @@ const CpuKernels* kernels_of(Implementation implementation) {
     case Implementation::avx512: return has_avx512() ? &avx512_kernels : nullptr;
     case Implementation::avx512bf16:
       return has_avx512() && __builtin_cpu_supports("avx512bf16") ? &avx512bf16_kernels : nullptr;
+    case Implementation::amx: return has_amx() ? &amx_kernels : nullptr;
 #endif
     default: return nullptr;
   }
@@ -58,21 +82,28 @@ const CpuKernels* kernels_of(Implementation implementation) {
 
 constexpr std::int64_t kManyKeys = 512;  // from here on `low_precision` rounds
 
-// Whether AVX-512-BF16 multiplies faster than float32: twice as fast on Zen 4, half as fast on Emerald Rapids, where Intel
-// leaves bfloat16 to AMX (benchmarks/RESULTS.md). Not timed here: pictures would depend on what else the machine does.
-bool bfloat16_is_faster() {
+bool in_float32(Implementation implementation) {
+  return implementation != Implementation::avx512bf16 && implementation != Implementation::amx;
+}
+
+// The faster of those that round, if it is faster than float32. AVX-512-BF16 is twice as fast as float32 on Zen 4 and half as
+// fast on Emerald Rapids, where Intel leaves bfloat16 to AMX (benchmarks/RESULTS.md). Not timed here: pictures would depend on
+// what else the machine does.
+const Implementation* fast_rounding() {
+  static constexpr Implementation amx = Implementation::amx, avx512bf16 = Implementation::avx512bf16;
+  if (kernels_of(amx) != nullptr) return &amx;
 #ifdef PIDIFF_X86
-  return __builtin_cpu_is("amd");
-#else
-  return false;
+  if (__builtin_cpu_is("amd") && kernels_of(avx512bf16) != nullptr) return &avx512bf16;
 #endif
+  return nullptr;
 }
 
 Implementation resolve(Implementation wanted, std::int64_t keys) {
   if (wanted != Implementation::automatic && wanted != Implementation::low_precision) return wanted;
-  const bool low = wanted == Implementation::low_precision && keys >= kManyKeys && bfloat16_is_faster();
+  if (wanted == Implementation::low_precision && keys >= kManyKeys)
+    if (const Implementation* rounding = fast_rounding()) return *rounding;
   const auto all = cpu_implementations();
-  return all.back() == Implementation::avx512bf16 && !low ? all[all.size() - 2] : all.back();
+  return *std::find_if(all.rbegin(), all.rend(), in_float32);
 }
 
 const CpuKernels& require(Implementation implementation) {
@@ -173,7 +204,8 @@ Implementation parse_implementation(const std::string& name) {
 std::vector<Implementation> cpu_implementations() {
   std::vector<Implementation> result{Implementation::reference};
   for (auto one :
-       {Implementation::portable, Implementation::avx2, Implementation::avx512, Implementation::avx512bf16})
+       {Implementation::portable, Implementation::avx2, Implementation::avx512, Implementation::avx512bf16,
+        Implementation::amx})
     if (kernels_of(one) != nullptr) result.push_back(one);
   return result;
 }

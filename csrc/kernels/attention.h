@@ -56,19 +56,19 @@ struct IdentityMixParams {
 };
 
 // Implementations, slowest first. `automatic` takes the last CPU one that this processor runs and that computes in
-// float32. `avx512bf16` does not: its `attention` rounds the operands of both products (q, k, weights, v) to bfloat16;
-// sums and softmax stay float32, and so does identity_mix. `low_precision` is `avx512bf16` for the `attention` of many
-// keys where it is faster, which is on AMD's processors (what it saves on few is little beside a layer's other work), else
-// `automatic`.
+// float32. `avx512bf16` and `amx` do not: their `attention` rounds the operands of both products (q, k, weights, v) to bfloat16;
+// sums and softmax stay float32, and so does identity_mix. `low_precision` is one of these for the `attention` of many
+// keys where it is faster (`amx` where the processor has it, `avx512bf16` on AMD's; what it saves on few keys is little beside a
+// layer's other work), else `automatic`.
 enum class Implementation : std::uint8_t {
-  automatic, low_precision, reference, portable, avx2, avx512, avx512bf16, cuda
+  automatic, low_precision, reference, portable, avx2, avx512, avx512bf16, amx, cuda
 };
 
 // Name <-> value; `parse_implementation` throws std::invalid_argument naming the choices.
 const char* name_of(Implementation implementation);
 Implementation parse_implementation(const std::string& name);
 
-// CPU implementations that were compiled in and run on this processor: those in float32, slowest first, then the other.
+// CPU implementations that were compiled in and run on this processor: those in float32, slowest first, then the others.
 std::vector<Implementation> cpu_implementations();
 
 // Host pointers. Sizes are checked (std::invalid_argument); a CPU without the implementation gives std::runtime_error.

@@ -1,6 +1,6 @@
 // Inside the CPU implementations: what each instruction set's file hands to the driver in attention.cc.
 //
-// The files attention_{portable,avx2,avx512,avx512bf16}.cc are compiled with different processor flags. They keep
+// The files attention_{portable,avx2,avx512,avx512bf16,amx}.cc are compiled with different processor flags. They keep
 // everything they define in an anonymous namespace and instantiate no template of the standard library: the linker
 // would otherwise merge such functions and could keep the copy with instructions that this processor lacks.
 #pragma once
@@ -43,6 +43,7 @@ extern const CpuKernels portable_kernels;
 extern const CpuKernels avx2_kernels;
 extern const CpuKernels avx512_kernels;
 extern const CpuKernels avx512bf16_kernels;
+extern const CpuKernels amx_kernels;
 #endif
 
 // The clear loops (attention_reference.cc), single-threaded.

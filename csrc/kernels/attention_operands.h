@@ -72,6 +72,30 @@ PIDIFF_INLINE const float* column_units(const float* const (&rows)[1], std::int6
 
 constexpr std::int64_t units_of(std::int64_t steps) { return (steps + kDepth - 1) / kDepth; }
 
+constexpr std::int64_t kAllKeys = 128;  // up to here one pass of the softmax
+
+// One row as floats: in place, or widened into `to`.
+const float* row_of(const void* base, std::int64_t at, std::int64_t d, DType dtype, float* to) {
+  if (dtype == DType::float32) return static_cast<const float*>(base) + at;
+  widen(static_cast<const std::uint16_t*>(base) + at, to, d);
+  return to;
+}
+
+// [rows, d] at `at` -> [units, lanes], times `factor` if Scaled; lanes without a row are zero. `lines`: (lanes + 1) * d
+// floats.
+template <bool Scaled>
+void transpose_in(const void* base, std::int64_t at, std::int64_t stride, std::int64_t rows, std::int64_t d,
+                  DType dtype, float factor, std::int64_t lanes, float* lines, float* to) {
+  const std::int64_t units = units_of(d);
+  if (rows < lanes) std::memset(to, 0, static_cast<std::size_t>(units * lanes) * sizeof(float));
+  if (kDepth == 1 && dtype == DType::float32)
+    return transpose<Scaled>(static_cast<const float*>(base) + at, stride, rows, d, to, lanes, factor);
+  float* wide = lines + lanes * units;
+  for (std::int64_t r = 0; r < rows; ++r)
+    row_units(row_of(base, at + r * stride, d, dtype, wide), d, factor, lines + r * units);
+  transpose(lines, units, rows, units, to, lanes);
+}
+
 // A register tile: sum[i][j] += a[k][i] * b[k][j] for k < units, where a's rows are MR units (a panel) and b's NV
 // vectors, `ldb` apart.
 template <int MR, int NV>

@@ -1,0 +1,146 @@
+// Both products of `attention` by AMX tiles of bfloat16 (Intel, from Sapphire Rapids on). An instruction adds to a tile of
+// 16 x 16 floats a product of 16 rows of sixteen pairs with sixteen rows of 16 pairs.
+//
+// Queries and weights, [pairs, lanes], lie as it wants its second operand. The first, K and V transposed, is packed into
+// whole tiles, one after the other, padded with zeros: with keys or dims down and their pairs of dims or keys across.
+#pragma once
+
+#include "kernels/attention_cpu.h"
+#include "kernels/attention_operands.h"
+
+namespace pidiff {
+namespace {
+
+constexpr int kVectors = 2;              // lanes of two tiles
+constexpr std::int64_t kKeyBlock = 128;  // keys per pass of the online softmax
+constexpr std::int64_t kSide = 16;       // rows of a tile, and units in a row
+constexpr std::int64_t kWhole = kSide * kSide;
+
+std::int64_t key_block(const AttentionParams& p) { return p.keys <= kAllKeys ? p.keys : kKeyBlock; }
+
+// Eight whole tiles. Static: the intrinsic tells the compiler of its first eight bytes only, and a local's others were dropped.
+alignas(64) const struct {
+  std::uint8_t palette = 1, start = 0, reserved[14] = {};
+  std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+} kTileLayout;
+
+// The tile registers are set up for a task and given back after it.
+PIDIFF_INLINE void begin_products() { _tile_loadconfig(&kTileLayout); }
+PIDIFF_INLINE void end_products() { _tile_release(); }
+
+constexpr std::int64_t whole(std::int64_t rows) { return (rows + kSide - 1) / kSide * kSide; }
+
+// Rows of queries [units, lanes], of sums [dims, lanes] and of scores [keys, lanes], with padding.
+constexpr std::int64_t query_rows(std::int64_t d) { return whole(units_of(d)); }
+constexpr std::int64_t sum_rows(std::int64_t d) { return whole(d); }
+constexpr std::int64_t score_rows(std::int64_t count) { return whole(count); }
+
+// A block of `count` keys is K's tiles, then V's.
+std::int64_t packed_k(const AttentionParams& p, std::int64_t count) { return whole(count) * query_rows(p.head_dim); }
+std::int64_t packed_size(const AttentionParams& p, std::int64_t count) {
+  return packed_k(p, count) + sum_rows(p.head_dim) * whole(units_of(count));
+}
+
+std::int64_t pack_scratch(const AttentionParams& p) { return 4 * whole(p.head_dim); }
+
+void pack_keys(const AttentionParams& p, std::int64_t b, std::int64_t block, float* to, std::int64_t head_size,
+               float* scratch) {
+  const std::int64_t d = p.head_dim, first = block * key_block(p), width = query_rows(d);
+  const std::int64_t count = p.keys - first < key_block(p) ? p.keys - first : key_block(p), depth = whole(units_of(count));
+  float* line = scratch + 2 * whole(d);
+  for (std::int64_t h = 0; h < p.heads; ++h)
+    std::memset(to + h * head_size, 0, static_cast<std::size_t>(packed_size(p, count)) * sizeof(float));
+  std::memset(line, 0, static_cast<std::size_t>(width) * sizeof(float));
+  for (std::int64_t t = 0; t < count; ++t)
+    for (std::int64_t h = 0; h < p.heads; ++h) {
+      const std::int64_t at = b * p.k_stride.batch + (first + t) * p.k_stride.token + h * p.k_stride.head;
+      row_units(row_of(p.k, at, d, p.dtype, scratch), d, 1.0f, line);
+      float* row = to + h * head_size + t / kSide * kSide * width + t % kSide * kSide;
+      for (std::int64_t u = 0; u < width; u += kSide) store(row + u * kSide, load(line + u));
+    }
+  for (std::int64_t t = 0; t < count; t += kDepth)
+    for (std::int64_t h = 0; h < p.heads; ++h) {
+      const std::int64_t at = b * p.v_stride.batch + (first + t) * p.v_stride.token + h * p.v_stride.head;
+      const float* rows[kDepth] = {row_of(p.v, at, d, p.dtype, scratch)};
+      if (t + 1 < count) rows[1] = row_of(p.v, at + p.v_stride.token, d, p.dtype, scratch + whole(d));
+      column_units(rows, d, line);
+      float* column = to + h * head_size + packed_k(p, count) + t / 2 / kSide * kWhole + t / 2 % kSide;
+      for (std::int64_t i = 0; i < d; ++i) column[i / kSide * kSide * depth + i % kSide * kSide] = line[i];
+    }
+}
+
+// A pair of tiles of rows (one, if not Two) times NV tiles of lanes: to += a b over `units`, from zero if First.
+template <int NV, bool Two, bool First>
+PIDIFF_INLINE void multiply_tiles(const float* a, const float* b, std::int64_t units, float* to) {
+  constexpr std::int64_t lanes = NV * kLanes, row = lanes * 4;
+  const float* second = a + kSide * units;
+  asm volatile("" ::: "memory");  // what is loaded has been stored
+  if constexpr (First) {
+    _tile_zero(0);
+    if constexpr (NV == 2) _tile_zero(1);
+    if constexpr (Two) _tile_zero(2);
+    if constexpr (Two && NV == 2) _tile_zero(3);
+  } else {
+    _tile_loadd(0, to, row);
+    if constexpr (NV == 2) _tile_loadd(1, to + kSide, row);
+    if constexpr (Two) _tile_loadd(2, to + kSide * lanes, row);
+    if constexpr (Two && NV == 2) _tile_loadd(3, to + kSide * lanes + kSide, row);
+  }
+  for (std::int64_t u = 0; u < units; u += kSide) {
+    _tile_loadd(4, a + u * kSide, 64);
+    _tile_loadd(6, b + u * lanes, row);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (NV == 2) {
+      _tile_loadd(7, b + u * lanes + kSide, row);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (Two) {
+      _tile_loadd(5, second + u * kSide, 64);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (Two && NV == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, to, row);
+  if constexpr (NV == 2) _tile_stored(1, to + kSide, row);
+  if constexpr (Two) _tile_stored(2, to + kSide * lanes, row);
+  if constexpr (Two && NV == 2) _tile_stored(3, to + kSide * lanes + kSide, row);
+  asm volatile("" ::: "memory");
+}
+
+// to [rows, lanes] += a [rows, units] b [units, lanes], all in whole tiles.
+template <int NV, bool First>
+PIDIFF_INLINE void multiply_rows(const float* a, const float* b, std::int64_t rows, std::int64_t units, float* to) {
+  constexpr std::int64_t lanes = NV * kLanes;
+  std::int64_t i = 0;
+  for (; i + 2 * kSide <= rows; i += 2 * kSide) multiply_tiles<NV, true, First>(a + i * units, b, units, to + i * lanes);
+  if (i < rows) multiply_tiles<NV, false, First>(a + i * units, b, units, to + i * lanes);
+}
+
+// scores[t][lanes] = k[t] . queries; raises `top` to the block's maximum.
+template <int NV>
+void scores(const float* k, const float* queries, std::int64_t count, std::int64_t d, float* to, Float (&top)[NV]) {
+  constexpr std::int64_t lanes = NV * kLanes;
+  multiply_rows<NV, true>(k, queries, whole(count), query_rows(d), to);
+  for (std::int64_t t = 0; t < count; ++t)
+    for (int j = 0; j < NV; ++j) top[j] = maximum(top[j], load(to + t * lanes + j * kLanes));
+}
+
+// sums[i][lanes] = sums * keep + sum_t v[t][i] * weights[t]; weights are padded with zeros.
+template <int NV>
+void accumulate(const float* v, float* weights, std::int64_t count, std::int64_t d, bool first, const Float (&keep)[NV],
+                float* sums) {
+  constexpr std::int64_t lanes = NV * kLanes;
+  const std::int64_t units = units_of(count);
+  std::memset(weights + units * lanes, 0, static_cast<std::size_t>((whole(units) - units) * lanes) * sizeof(float));
+  if (first) return multiply_rows<NV, true>(v, weights, whole(d), whole(units), sums);
+  for (std::int64_t i = 0; i < d; ++i)
+    for (int j = 0; j < NV; ++j) {
+      float* at = sums + i * lanes + j * kLanes;
+      store(at, load(at) * keep[j]);
+    }
+  multiply_rows<NV, false>(v, weights, whole(d), whole(units), sums);
+}
+
+}  // namespace
+}  // namespace pidiff
