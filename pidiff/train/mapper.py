@@ -43,8 +43,8 @@ def likeness_weight(std: Tensor, size: int) -> Tensor:
     return weight / weight.mean()
 
 
-@functools.cache
-def cells_met(config: AdapterConfig, side: int) -> Tensor:
+@functools.cache                # on the device: a copy from the processor at every call would make a GPU wait
+def cells_met(config: AdapterConfig, side: int, device: torch.device) -> Tensor:
     """Which cells of the token grid lie where a position of a side x side map lies: [side^2, tokens of a group] bool."""
     def along(cells: int) -> Tensor:
         fine = math.lcm(cells, side)
@@ -53,7 +53,7 @@ def cells_met(config: AdapterConfig, side: int) -> Tensor:
         met[place * side // fine, place * cells // fine] = True
         return met
     rows, columns = along(config.token_rows), along(config.token_columns)
-    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1).to(device)
 
 
 def alignment_loss(adapter: IdentityAdapter, queries: list[Tensor], keys: list[Tensor], mask: Tensor, weight: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def alignment_loss(adapter: IdentityAdapter, queries: list[Tensor], keys: list[T
         group = torch.arange(heads, device=q.device) * 4 // heads
         groups = log_p[..., :-1].unflatten(-1, (4, -1))                                     # [B, H, S, 4, tokens of a group]
         own = groups.take_along_dim(group.view(1, -1, 1, 1, 1), 3)[..., 0, :]
-        on = own.masked_fill(~cells_met(config, side).to(q.device), -torch.inf).logsumexp(-1)
+        on = own.masked_fill(~cells_met(config, side, q.device), -torch.inf).logsumexp(-1)
         inside = F.interpolate(mask, size=(side, side), mode="area").flatten(2)
         loss = -(inside * on + (1 - inside) * log_p[..., -1]).mean((1, 2))
         total = total + (loss * weight).sum() / weight.sum().clamp(min=1)
