@@ -22,8 +22,10 @@ import pytest
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-# Tests that use what takes longest to make: each group in one process, and begun first.
-GROUPS = ("exports", "trained")
+# Tests that use what takes longest to make: each group in one process, and begun first. What has Stable Diffusion's size needs the
+# memory, one after the other.
+GROUPS = ("large", "exports", "trained")
+LARGE = ("test_export_sd15.py", "test_train_sd15.py")
 EXPORTING = ("test_export.py", "test_parity.py", "test_export_source.py", "test_ip_adapter.py",
              "test_quantize.py", "test_diagnosis.py")
 
@@ -32,6 +34,8 @@ EXPORTING = ("test_export.py", "test_parity.py", "test_export_source.py", "test_
 def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
     """Deal tests to processes by file, but for those whose shared fixture goes across files."""
     def group(item):
+        if item.path.name in LARGE:
+            return "large"
         if item.path.name in EXPORTING or "pairs" in item.fixturenames:     # tiny_model.shared
             return "exports"
         return "trained" if "trained" in item.fixturenames else item.path.name
@@ -120,8 +124,10 @@ def gpu(driver, monkeypatch):
         monkeypatch.setitem(sys.modules, module, trt)
         return trt
 
+    gc.freeze()             # what there is already need not be looked through: that takes a second
     yield use
     gc.collect()            # exceptions that were caught keep frames in cycles
+    gc.unfreeze()
     left = driver.counts()
     assert (left.live, left.retained) == (0, 0), "memory, streams, graphs or the context were not given back"
 

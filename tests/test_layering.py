@@ -154,7 +154,7 @@ def test_the_declared_dependencies_are_the_runtimes():
 # --- C++ ------------------------------------------------------------------------------------------------------------
 
 SYSTEM = {
-    "kernels": {"sched.h", "unistd.h", "immintrin.h", "arm_neon.h"},
+    "kernels": {"cpuid.h", "sched.h", "sys/syscall.h", "unistd.h", "immintrin.h", "arm_neon.h"},
     "sampler": set(),
     "plugins": set(),
     "bindings": set(),
