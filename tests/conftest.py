@@ -22,29 +22,35 @@ import pytest
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-# Tests that use what takes longest to make: each group in one process, and begun first. What has Stable Diffusion's size needs the
-# memory, one after the other.
-GROUPS = ("large", "exports", "trained")
-LARGE = ("test_export_sd15.py", "test_train_sd15.py")
-EXPORTING = ("test_export.py", "test_parity.py", "test_export_source.py", "test_ip_adapter.py",
-             "test_quantize.py", "test_diagnosis.py")
+# Files that share what takes long to make stay in one process, and these groups are begun first; every other file is a group.
+# What has Stable Diffusion's size needs the memory, one after the other.
+GROUPS = {
+    "large": ("export_sd15", "train_sd15"),
+    "exports": ("export", "parity", "export_source", "ip_adapter", "quantize", "diagnosis"),
+    "trained": ("training", "adapter_stage", "distill", "gpu_train"),
+}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
-    """Deal tests to processes by file, but for those whose shared fixture goes across files."""
-    def group(item):
-        if item.path.name in LARGE:
-            return "large"
-        if item.path.name in EXPORTING or "pairs" in item.fixturenames:     # tiny_model.shared
-            return "exports"
-        return "trained" if "trained" in item.fixturenames else item.path.name
+def group_of(nodeid: str) -> str:
+    file = nodeid.split("::")[0].rsplit("/", 1)[-1]
+    return next((name for name, files in GROUPS.items() if file.removeprefix("test_").removesuffix(".py") in files), file)
 
-    if config.pluginmanager.hasplugin("xdist"):
-        names = {item: group(item) for item in items}
-        items.sort(key=lambda item: GROUPS.index(names[item]) if names[item] in GROUPS else len(GROUPS))
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(names[item]))
+
+def pytest_collection_modifyitems(items: list) -> None:
+    order = list(GROUPS)
+    items.sort(key=lambda item: order.index(group) if (group := group_of(item.nodeid)) in order else len(order))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Deal tests to processes by group. (`--dist loadgroup` does it by a mark, and not at all with pytest 9.2 and pytest-xdist 3.8.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture

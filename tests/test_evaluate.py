@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -154,6 +156,16 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     for name in ("people.png", "similarity.png", "curves.png"):
         assert cv2.imread(str(tmp_path / name)) is not None
     assert (tmp_path / "report.md").read_text().startswith("# Evaluation")
+
+
+def test_a_bundle_is_evaluated_without_torch(embedder, two_people, tmp_path):
+    """What README's `pip install '.[evaluate]'` brings has none."""
+    pytest.importorskip("matplotlib")
+    blocked = "import sys; sys.modules['torch'] = None; from pidiff.evaluate.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", blocked, "--data", two_people, "--embedder", embedder, "--people", "2", "--prompts", "1", "--seeds", "1",
+                           "--steps", "1", "--curve-people", "0", "--bundle", MINI, "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "summary.json").read_text())["settings"]["pictures"] == 2
 
 
 def test_a_preset_is_evaluated_as_it_is_drawn():

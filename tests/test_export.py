@@ -163,9 +163,9 @@ def test_a_bundle_can_be_exported_again(bundles):
     for file, spec in first.files.items():
         if file.endswith(".safetensors"):
             assert again.files[file] == spec, file
-    assert "again, fp16, fused attention, opset 18" in printed["fp16"]
+    assert "again, fp16, fused attention, opset 18" in printed("fp16")
     for graph, figures in again.parity.items():
-        assert f"{graph:<18}{figures['max_abs']:>11.2e}" in printed["fp16"]
+        assert f"{graph:<18}{figures['max_abs']:>11.2e}" in printed("fp16")
 
 
 def step_case(mode, sizes, dtype=torch.float32):

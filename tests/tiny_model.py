@@ -5,7 +5,9 @@ Adapter's query mode, free picture size, stored in float32 as SD1.5 often is. No
 """
 
 import contextlib
+import fcntl
 import io
+import os
 from pathlib import Path
 
 import torch
@@ -75,35 +77,50 @@ def write_model(folder: Path, mode: str = "parallel") -> Path:
 
 
 _made: dict[str, Path] = {}
-printed: dict[str, str] = {}          # what the command line said when it made a bundle
 
 
 def shared(name: str, factory) -> Path:
-    """Models and bundles that several test files use, made at the first use (`factory` is pytest's tmp_path_factory).
+    """Models and bundles that several test files use, made at the first use by one of pytest's processes for all (`factory` is pytest's
+    tmp_path_factory).
 
     Models: parallel, residual. Bundles: fused (of parallel), standard23 (of residual, opset 23), fp16 (by the command
     line, from the bundle `fused`).
     """
     if name not in _made:
-        from pidiff.export.__main__ import main
-        from pidiff.export.attention import Form
-        from pidiff.export.bundle import ExportOptions, export_bundle
-        from pidiff.export.source import Source
-
-        out = factory.mktemp("tiny") / name
-        if name in ("parallel", "residual"):
-            write_model(out, name)
-        elif name == "fp16":
-            text = io.StringIO()
-            with contextlib.redirect_stdout(text):
-                assert main([str(shared("fused", factory)), str(out), "--fp16", "--steps", "7", "--name", "again", "--report", "none"]) == 0
-            printed[name] = text.getvalue()
-        else:
-            mode = "parallel" if name == "fused" else "residual"
-            form = Form() if name == "fused" else Form("standard", 23)
-            export_bundle(Source(shared(mode, factory)), out, ExportOptions(form, report="short"))
-        _made[name] = out
+        base = factory.getbasetemp()
+        root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+        root.mkdir(exist_ok=True)
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / f"{name}.txt").is_file():
+                text = _make(name, root / name, factory)
+                (root / f"{name}.txt").write_text(text)
+        _made[name] = root / name
     return _made[name]
+
+
+def printed(name: str) -> str:
+    """What the command line said when it made a bundle."""
+    return _made[name].with_name(f"{name}.txt").read_text()
+
+
+def _make(name: str, out: Path, factory) -> str:
+    from pidiff.export.__main__ import main
+    from pidiff.export.attention import Form
+    from pidiff.export.bundle import ExportOptions, export_bundle
+    from pidiff.export.source import Source
+
+    text = io.StringIO()
+    if name in ("parallel", "residual"):
+        write_model(out, name)
+    elif name == "fp16":
+        with contextlib.redirect_stdout(text):
+            assert main([str(shared("fused", factory)), str(out), "--fp16", "--steps", "7", "--name", "again", "--report", "none"]) == 0
+    else:
+        mode = "parallel" if name == "fused" else "residual"
+        form = Form() if name == "fused" else Form("standard", 23)
+        export_bundle(Source(shared(mode, factory)), out, ExportOptions(form, report="short"))
+    return text.getvalue()
 
 
 def _noisy(module):

@@ -80,13 +80,13 @@ def reader_ceilings(factors, directions, subjects, data: Path) -> dict:
 
 
 def inversion_ceiling(evaluation, tools, rng) -> dict:
-    """Likeness of StyleGAN's own picture of the encoder's code, where `random-face` is installed; else nothing."""
-    from ..data.synth import Generator
+    """Likeness of StyleGAN's own picture of the encoder's code, where `random-face` and what it needs are installed; else nothing."""
     from . import metrics
     from .report import FALSE_MATCH_RATES
     try:
+        from ..data.synth import Generator
         generator = Generator()
-    except ValueError:
+    except (ImportError, ValueError):
         return {}
     vectors = [tools.embed(generator.image(np.asarray(getattr(person, "w_plus", person))[0])) for _, person, *_ in evaluation.people]
     names = [p[0].name for p in evaluation.people]
@@ -124,10 +124,9 @@ def evaluate(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     from pidiff.runtime.errors import PidiffError
 
-    from ..checkpoint import CheckpointError
     try:
         evaluate(parse(argv))
-    except (ValueError, OSError, PidiffError, CheckpointError) as error:
+    except (ValueError, OSError, PidiffError) as error:
         print(f"pidiff-evaluate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
