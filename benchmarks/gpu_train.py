@@ -9,8 +9,9 @@ LATENTS.npz and readout.safetensors are what `pidiff-data synth` and `pidiff-dat
 what it has by then; `train` waits for it, and changes MODEL, which is a copy of models/mini without manifest.json. OUT then holds the encoder, the
 adapter and the UNet, the latter in three parts. Draw with the same seed, and train within the same time, and still the weights differ: the clock decides.
 
-A step that cannot be captured, or whose gradients differ from the plain one's, is run as `pidiff-train` runs it. (The first run, on an H200 on
-2026-11-27, was such a one, by a mistake that is mended since: the captured step has not run on a GPU.)
+A step that cannot be captured, or whose gradients differ from the plain one's, is run as `pidiff-train` runs it. (What trained the
+shipped weights on an H200 on 2026-11-27, before it was tidied into this file, was such a run, by a mistake that is mended: the captured step has not
+run on a GPU, and this file has run on a processor only.)
 """
 
 import argparse
