@@ -163,7 +163,7 @@ def test_a_bundle_is_evaluated_without_torch(embedder, two_people, tmp_path):
     pytest.importorskip("matplotlib")
     blocked = "import sys; sys.modules['torch'] = None; from pidiff.evaluate.__main__ import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", blocked, "--data", two_people, "--embedder", embedder, "--people", "2", "--prompts", "1", "--seeds", "1",
-                           "--steps", "1", "--curve-people", "0", "--bundle", MINI, "--out", tmp_path], capture_output=True, text=True)
+                           "--steps", "1", "--curve-people", "0", "--bundle", MINI, "--out", tmp_path], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "summary.json").read_text())["settings"]["pictures"] == 2
 
