@@ -86,22 +86,20 @@ bool in_float32(Implementation implementation) {
   return implementation != Implementation::avx512bf16 && implementation != Implementation::amx;
 }
 
-// The faster of those that round, if it is faster than float32. AVX-512-BF16 is twice as fast as float32 on Zen 4 and half as
+// The one that rounds and is faster than float32, or `automatic`. AVX-512-BF16 is twice as fast as float32 on Zen 4 and half as
 // fast on Emerald Rapids, where Intel leaves bfloat16 to AMX (benchmarks/RESULTS.md). Not timed here: pictures would depend on
 // what else the machine does.
-const Implementation* fast_rounding() {
-  static constexpr Implementation amx = Implementation::amx, avx512bf16 = Implementation::avx512bf16;
-  if (kernels_of(amx) != nullptr) return &amx;
+Implementation fast_rounding() {
+  if (kernels_of(Implementation::amx) != nullptr) return Implementation::amx;
 #ifdef PIDIFF_X86
-  if (__builtin_cpu_is("amd") && kernels_of(avx512bf16) != nullptr) return &avx512bf16;
+  if (__builtin_cpu_is("amd") && kernels_of(Implementation::avx512bf16) != nullptr) return Implementation::avx512bf16;
 #endif
-  return nullptr;
+  return Implementation::automatic;
 }
 
 Implementation resolve(Implementation wanted, std::int64_t keys) {
-  if (wanted != Implementation::automatic && wanted != Implementation::low_precision) return wanted;
-  if (wanted == Implementation::low_precision && keys >= kManyKeys)
-    if (const Implementation* rounding = fast_rounding()) return *rounding;
+  if (wanted == Implementation::low_precision) wanted = keys >= kManyKeys ? fast_rounding() : Implementation::automatic;
+  if (wanted != Implementation::automatic) return wanted;
   const auto all = cpu_implementations();
   return *std::find_if(all.rbegin(), all.rend(), in_float32);
 }
