@@ -1,11 +1,11 @@
 """benchmarks/gpu_train.py on the processor: the stages and what they leave, on drawn people. (A captured step needs a GPU.)"""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
@@ -31,7 +31,6 @@ def write_arrays(people_folder, folder):
 
 @pytest.mark.slow
 def test_encoder_and_base_are_trained_in_the_time_given(people_folder, trained, tmp_path):
-    import shutil
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(trained, model, ignore=shutil.ignore_patterns(".state"))
     before = {file.relative_to(model): file.read_bytes() for file in model.rglob("*.safetensors")}
