@@ -37,8 +37,8 @@ from pidiff.train import base as base_module
 from pidiff.train import mapper as mapper_module
 from pidiff.train import stages
 from pidiff.train.__main__ import parse
-from pidiff.train.base import BaseLoss, Task, add_noise
-from pidiff.train.common import Trainer, average, to_tensor
+from pidiff.train.base import BaseLoss, Task
+from pidiff.train.common import Trainer, average
 
 SIZE, BATCH = 128, 500                  # pixels; pictures that an encoder reads at once
 TWICE = 0.3                             # share of pictures that show the person before once more, otherwise moved
@@ -108,26 +108,12 @@ def halved(people: People, device: str) -> People:
 # --- a captured step ---
 
 class GivenLoss(BaseLoss):
-    """BaseLoss whose texts are numbered where batches are prepared, and which can be given its task. The text encoder is held."""
+    """BaseLoss that can be given its task."""
 
     task: Task | None = None
 
-    def prepare(self, rng):
-        images, masks, captions, w_plus, id_scale = super().prepare(rng)
-        length = self.model.text_encoder.config.max_position_embeddings
-        ids = self.model.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        return images, masks, ids, w_plus, id_scale
-
     def draw(self, rng, batch=None):
-        if self.task is not None:
-            return self.task
-        images, masks, ids, w_plus, id_scale = (x.to(self.device) for x in (self.prepare(rng) if batch is None else batch))
-        with torch.no_grad():
-            latents, embeds = self.model.encode_image(to_tensor(images)).float(), self.model.encode_text(ids).float()
-        masks = F.interpolate(masks[:, None].float() / 255, size=latents.shape[-2:], mode="area")
-        timesteps = self.timesteps(len(latents), rng)
-        noisy, target = add_noise(self.model.scheduler, latents, torch.randn_like(latents), self.alphas_cumprod[timesteps].view(-1, 1, 1, 1))
-        return Task(noisy, timesteps, target, masks, embeds, w_plus, id_scale)
+        return super().draw(rng, batch) if self.task is None else self.task
 
 
 @dataclass

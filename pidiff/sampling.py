@@ -40,11 +40,15 @@ def make_scheduler(config: dict, solver: str, num_inference_steps: int, use_karr
     return scheduler
 
 
-def encode_prompts(model: Model, prompts: list[str]) -> Tensor:
-    """[B, T, D] prompt embeddings, padded and cut to the text encoder's length."""
+def tokenize(model: Model, prompts: list[str]) -> Tensor:
+    """[B, T] token ids int64, padded and cut to the text encoder's length."""
     length = model.text_encoder.config.max_position_embeddings
-    ids = model.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-    return model.encode_text(ids.to(model.unet.device))
+    return model.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+
+def encode_prompts(model: Model, prompts: list[str]) -> Tensor:
+    """[B, T, D] prompt embeddings of `tokenize`'s ids."""
+    return model.encode_text(tokenize(model, prompts).to(model.unet.device))
 
 
 @torch.no_grad()

@@ -72,16 +72,18 @@ def tensor_shapes(engine, plan, conditions, latent_shape):
 class Denoiser:
     """Runs the core's loop over one UNet engine, bound for a Plan, Conditions and latents [c,h,w].
 
-    cached: the engine of `unet_cached`, None where every step runs the whole UNet.
+    cached: the engine of `unet_cached`, None where every step runs the whole UNet. at_once: rows of one run of an engine, None
+    for all of a step; with fewer, activations take less memory.
     """
 
-    def __init__(self, engine, plan, conditions, latent_shape, cached=None):
-        self._engine, self._plan, self._conditions = engine, plan, conditions
+    def __init__(self, engine, plan, conditions, latent_shape, cached=None, at_once=None):
+        self._engine, self._plan, self._conditions, self._at_once = engine, plan, conditions, at_once
         self._buffers = self._allocate(latent_shape)
         self._calls = plan_calls(engine, cached, plan, conditions)
-        self._bound = {}  # engine -> rows
-        for call in reversed(dict.fromkeys(self._calls)):  # compiles for all of them; the first of an engine is bound last
-            self._bind(*call)
+        self._bound = {}  # engine -> its rows
+        for called, rows in reversed(dict.fromkeys(self._calls)):  # compiles for all of them; the first of an engine is bound last
+            for part in reversed(self._parts(rows)):
+                self._bind(called, part)
 
     def run(self, latents, seeds, guidance_scale, on_step=None):
         """Denoise latents [B,c,h,w] (noise times init_noise_sigma) in place.
@@ -101,10 +103,10 @@ class Denoiser:
             buffers["time_row"][0] = plan.time_table[step]
             buffers["id_scale"][:] = conditions.id_scale if active else 0.0
             engine, rows = self._calls[step]
-            if self._bound[engine] != rows:
-                self._bind(engine, rows)
             try:
-                engine.run()
+                for part in self._parts(rows):
+                    self._bind(engine, part)
+                    engine.run()
             except NotFinite as e:      # it has looked itself
                 raise self._not_finite(step) from e
             if active and engine is self._engine and "identity_map" in buffers:
@@ -139,8 +141,15 @@ class Denoiser:
                 buffers[spec.name] = new_array(self._engine, spec, shapes[spec.name])
         return buffers
 
-    def _bind(self, engine, rows):
-        """Let an engine work on the last `rows` rows: in the same memory, so that nothing is copied for a switch."""
+    def _parts(self, rows):
+        """Return (first, end) of each run of a step that is for the last `rows` rows."""
+        total, size = len(self._conditions.id_fold), self._at_once or rows
+        return [(i, min(i + size, total)) for i in range(total - rows, total, size)]
+
+    def _bind(self, engine, part):
+        """Let an engine work on some rows (first, end): in the same memory, so that nothing is copied for a switch."""
+        if self._bound.get(engine) == part:
+            return
         names = [spec.name for spec in (*engine.inputs(), *engine.outputs())]
-        engine.bind({n: self._buffers[n] if n == "time_row" else self._buffers[n][-rows:] for n in names}, CONSTANT)
-        self._bound[engine] = rows
+        engine.bind({n: self._buffers[n] if n == "time_row" else self._buffers[n][slice(*part)] for n in names}, CONSTANT)
+        self._bound[engine] = part

@@ -24,8 +24,8 @@ class DeviceBudget:
         """Nothing is known before an engine or a session is asked for; each refuses by itself."""
 
     def batch(self, most, rows, people, steps, cached, size, tiles):
-        """Return (most, the first of `tiles`); see memory.Budget."""
-        return most, tiles[0]
+        """Return (most, None, the first of `tiles`); see memory.Budget."""
+        return most, None, tiles[0]
 
     def room(self):
         """Return bytes of the machine's memory that may still be taken, None if they are not known."""

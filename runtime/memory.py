@@ -219,16 +219,18 @@ class Budget:
         return min((n for n in known if n is not None), default=None)
 
     def batch(self, most, rows, people, steps, cached, size, tiles):
-        """Return (how many pictures, up to `most`, can be denoised at once, side of the decoder's tiles or None).
+        """Return (how many pictures, up to `most`, can be denoised at once, rows of one run of the UNet or None for all of them,
+        side of the decoder's tiles or None).
 
         rows: of the UNet for each picture; size: of latents; tiles: sides of tiles to decode by, None for all at once, the
-        best first. Smaller batches come before smaller tiles. Raises PidiffError.
+        best first. Smaller batches come before single rows, and those before smaller tiles. Raises PidiffError.
         """
+        ways = [(batch, None) for batch in range(most, 0, -1)] + [(1, 1)] * (rows > 1)
         for tile in tiles:
-            for batch in range(most, 0, -1):
+            for batch, at_once in ways:
                 part = {"batch": batch, "size": size} if tile is None else {"size": [min(tile, n) for n in size]}
                 stages = {"text": {}, "identity": {}, "plan": {"steps": steps}, "decode": part,
-                          "denoise": {"batch": batch * rows, "people": people, "cached": cached, "size": size}}
+                          "denoise": {"batch": at_once or batch * rows, "people": people, "cached": cached, "size": size}}
                 if self._limit is None or self.need(**stages) <= self._limit:
-                    return batch, tile
+                    return batch, at_once, tile
         self.check(**stages)

@@ -201,8 +201,8 @@ class Pipeline:
         seeds = resolve_seeds(seed, num_images)
         shape = latent_shape(self.bundle, height, width)
         mask = resolve_mask(id_mask, len(people), *shape[1:])
-        batch, tile = self._budget.batch(min(options.batch_size, len(seeds)), 1 + options.guided, len(mask), options.steps,
-                                         options.cache_interval > 1, shape[1:], self._tiles(tiled_decode, shape))
+        batch, at_once, tile = self._budget.batch(min(options.batch_size, len(seeds)), 1 + options.guided, len(mask), options.steps,
+                                                  options.cache_interval > 1, shape[1:], self._tiles(tiled_decode, shape))
         conditions = self._conditions(options, people, mask, prompt, negative_prompt)
         with self._stage("plan"):
             plan = self.plan(options.steps, options.scheduler)
@@ -210,7 +210,7 @@ class Pipeline:
         chunks, decode = self._chunks(seeds, batch, options.guided, shape, tile), partial(self._decode, tile=tile)
         try:
             with _Progress(callback, progress, options.steps * len(chunks), decode) as watch:
-                for latents, identity_map in self._denoised(plan, chunks, options, conditions, shape, watch):
+                for latents, identity_map in self._denoised(plan, chunks, options, conditions, shape, watch, at_once):
                     images += list(decode(latents))
                     maps.append(identity_map)
         except NotFinite as e:
@@ -257,19 +257,19 @@ class Pipeline:
 
         return rows
 
-    def _denoised(self, plan, chunks, options, conditions, shape, watch):
+    def _denoised(self, plan, chunks, options, conditions, *how):
         """Yield what `_denoise` returns for every chunk: after the last one, if the UNet goes before the decoder comes."""
-        each = (self._denoise(plan, chunk, options, conditions, shape, watch) for chunk in chunks)
+        each = (self._denoise(plan, chunk, options, conditions, *how) for chunk in chunks)
         return each if self._keep else list(each)
 
-    def _denoise(self, plan, seeds, options, conditions, shape, watch):
+    def _denoise(self, plan, seeds, options, conditions, shape, watch, at_once):
         """Denoise one batch from its seeds' noise: (latents [B,c,h,w], identity map or None); shape [c,h,w]."""
         from pidiff import _C
 
         with self._stage("load"):  # an engine may compile for these shapes
             rows = conditions(len(seeds))
             cached = self._graph("unet_cached") if rows.cache_interval > 1 else None
-            denoiser = make_denoiser(self._graph("unet"), plan, rows, shape, cached)
+            denoiser = make_denoiser(self._graph("unet"), plan, rows, shape, cached, at_once)
         with self._stage("denoise"):
             latents = _C.randn(seeds, shape)
             latents *= np.float32(plan.schedule.init_noise_sigma)

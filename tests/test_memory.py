@@ -105,6 +105,27 @@ def test_a_smaller_limit_makes_smaller_batches(tiny):
     assert np.abs(images(pipe).astype(int) - expected).max() <= 1 and rows == [2, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("options", [{}, {"guidance_interval": (0.3, 0.7)}, {"guidance_scale": 1}])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_smallest_limit_runs_the_unet_row_by_row(tiny, engine, options, monkeypatch):
+    pytest.importorskip(engine)
+    pipe, rows = Pipeline.from_bundle(tiny, engine=engine, threads=1, max_memory=4 << 30, precision="full"), []
+    run = pipe._engine_class.run
+
+    def counted(engine, *how):
+        if engine is pipe._engines.get("unet"):
+            rows.append(len(engine._bound["latents"]))
+        run(engine, *how)
+
+    monkeypatch.setattr(pipe._engine_class, "run", counted)
+    expected = images(pipe, **options)
+    pipe._budget._predictor._activations = lambda graph, batch, *size: batch * (100 << 20) if graph == "unet" else 0
+    pipe._budget._limit = pipe._budget.need(denoise={"batch": 1})
+    at_once, rows[:] = list(rows), []
+    assert np.abs(images(pipe, **options).astype(int) - expected).max() <= 1
+    assert max(at_once) == (2 if "guidance_scale" in options else 4) and set(rows) == {1} and len(rows) == sum(at_once)
+
+
 def test_a_container_has_its_own_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     machine = memory.available_memory()

@@ -27,7 +27,7 @@ from ..data.factors import EXPRESSIONS, caption
 from ..data.people import People, compose
 from ..identity import IdentityAdapter
 from ..model import MINI_SCHEDULER, MINI_TEXT, Model, mini_text_encoder, mini_unet
-from ..sampling import encode_prompts, make_scheduler
+from ..sampling import make_scheduler, tokenize
 from ..tokenizer import build_tokenizer
 from ..unet import attach
 from .common import on_white, to_tensor, training_timesteps
@@ -143,13 +143,13 @@ class BaseLoss:
         if options.likeness and (model.w_plus_encoder is None or people.faces is not None):
             raise ValueError(f"likeness must be 0 without an encoder and for photos that are not aligned, got {options.likeness}")
 
-    def prepare(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str], Tensor, Tensor]:
-        """What needs no model: pictures uint8 [B, S, S, 3], person masks uint8 [B, S, S], captions, and their `codes`."""
+    def prepare(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What needs no model: pictures uint8 [B, S, S, 3], person masks uint8 [B, S, S], captions as token ids [B, T], and their `codes`."""
         indices = rng.integers(len(self.people), size=self.batch_size)
         pictures = [compose(self.people, int(i), rng) for i in indices]
         captions = ["" if rng.random() < self.options.text_drop else caption(p[2], rng) for p in pictures]
         images, masks = (torch.from_numpy(x) for x in (np.stack([p[0] for p in pictures]), self.people.masks[indices]))
-        return images, masks, captions, *self.codes(indices, captions, rng)
+        return images, masks, tokenize(self.model, captions), *self.codes(indices, captions, rng)
 
     def codes(self, indices: np.ndarray, captions: list[str], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """w_plus [B, L, 512] of a reference picture per person (zeros = null identity), id_scale [B]."""
@@ -185,12 +185,12 @@ class BaseLoss:
 
     def draw(self, rng: np.random.Generator, batch: tuple | None = None) -> "Task":
         """A batch (of `prepare`) with noise added and its conditions."""
-        images, masks, captions, w_plus, id_scale = self.prepare(rng) if batch is None else batch
-        images, masks, w_plus, id_scale = (x.to(self.device, non_blocking=True) for x in (images, masks, w_plus, id_scale))
+        batch = self.prepare(rng) if batch is None else batch
+        images, masks, ids, w_plus, id_scale = (x.to(self.device, non_blocking=True) for x in batch)
         with torch.no_grad():
             latents = self.model.encode_image(to_tensor(images)).float()
         masks = F.interpolate(masks[:, None].float() / 255, size=latents.shape[-2:], mode="area")
-        prompt_embeds = encode_prompts(self.model, captions)
+        prompt_embeds = self.model.encode_text(ids)
         timesteps = self.timesteps(len(latents), rng)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy, target = add_noise(self.model.scheduler, latents, torch.randn_like(latents), alpha)
