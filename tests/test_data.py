@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pidiff.data.factors import COLOURS, SCENES, STYLES, Factors, apply_style, caption, clean_mask, composite, nearest_colour, paint_background
+from pidiff.data.factors import COLOUR_STYLES, COLOURS, SCENES, STYLES, Factors, apply_style, caption, clean_mask, composite, nearest_colour, paint_background
 
 
 def disc(size=128):
@@ -11,11 +11,18 @@ def disc(size=128):
     return ((x - size / 2) ** 2 + (y - size / 2) ** 2 < (size / 4) ** 2).astype(np.float32)
 
 
+@pytest.mark.parametrize("style", COLOUR_STYLES)
 @pytest.mark.parametrize("name", COLOURS)
-def test_a_named_colour_is_measured_as_itself(name):
+def test_a_named_colour_is_measured_as_itself(name, style):
     rng = np.random.default_rng(0)
-    image = composite(np.full((128, 128, 3), 90, np.uint8), disc(), paint_background(name, 128, rng))
-    assert nearest_colour(image, disc()) == name
+    for _ in range(40):
+        image = composite(np.full((128, 128, 3), 90, np.uint8), disc(), paint_background(name, 128, rng))
+        assert nearest_colour(apply_style(image, style), disc(), style) == name
+
+
+def test_what_a_watercolour_calls_blue_is_a_photos_purple():
+    image = np.full((128, 128, 3), (0, 33, 233), np.uint8)
+    assert [nearest_colour(image, disc(), style) for style in ("photo", "watercolour painting")] == ["purple", "blue"]
 
 
 @pytest.mark.parametrize("name", SCENES)

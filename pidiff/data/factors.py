@@ -150,13 +150,15 @@ def apply_style(image: np.ndarray, style: str) -> np.ndarray:
     raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
 
 
-def nearest_colour(image: np.ndarray, mask: np.ndarray) -> str:
-    """Name of the background's colour: the entry of COLOURS nearest to its median in CIELAB."""
+def nearest_colour(image: np.ndarray, mask: np.ndarray, style: str = "photo") -> str:
+    """Name of the background's colour: the entry of COLOURS, rendered in `style`, nearest to its median in CIELAB. (A watercolour's
+    colours are stronger than a photo's: its blue can be nearer to a photo's purple.)"""
     def lab(rgb):
         return cv2.cvtColor(np.asarray(rgb, np.float32).reshape(1, -1, 3) / 255, cv2.COLOR_RGB2LAB)[0]
 
     outside = image[mask < 0.1]
     if len(outside) < 16:
         raise ValueError(f"mask must leave at least 16 background pixels, got {len(outside)}")
-    distance = np.linalg.norm(lab(list(COLOURS.values())) - lab(np.median(outside, 0)), axis=1)
+    flat = [apply_style(np.full((32, 32, 3), colour, np.uint8), style)[16, 16] for colour in COLOURS.values()]
+    distance = np.linalg.norm(lab(flat) - lab(np.median(outside, 0)), axis=1)
     return list(COLOURS)[int(distance.argmin())]

@@ -106,7 +106,7 @@ class FactorReader:
         scores = dict.fromkeys(("background", "style", "expression", "pose"), float("nan"))
         scores["style"] = float(self.style(style_features(image)) == wanted.style)
         if wanted.background in COLOURS and wanted.style in COLOUR_STYLES:
-            scores["background"] = float(nearest_colour(image, mask) == wanted.background)
+            scores["background"] = float(nearest_colour(image, mask, wanted.style) == wanted.background)
         points = self.tools.landmarks(image) if wanted.expression in EXPRESSIONS or wanted.pose else None
         for name, reader in self.shapes.items():
             if getattr(wanted, name) is not None:
