@@ -147,7 +147,7 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     for key in ("rank1", "verification_rate", "background_accuracy", "disruption", "copy_paste", "identity_map_inside"):
         assert {"mean", "low", "high"} <= summary[key].keys()
-    assert summary["settings"]["num_inference_steps"] == 2 and summary["settings"]["guidance_scale"] == 3
+    assert summary["settings"]["num_inference_steps"] == 2 and summary["settings"]["guidance_scale"] == 2.5
     assert 0 <= summary["leakage"]["mean"] < 1, "what is changed on the right stays there"
     assert summary["anchors"]["genuine_rank1"]["mean"] == 1 and summary["settings"]["pictures"] == 8
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
