@@ -25,7 +25,8 @@ class Conditions:
 
     text_kv [M,T,2 sum(C)], id_fold [M,P,F], id_mask [M,P,h,w]; id_scale and the first step at which it applies.
     batch: conditional rows. guided_steps (first, end): the steps that run all rows; the others run the conditional ones.
-    cache_interval: every so many steps the whole UNet runs (caching.py).
+    cache_interval: every so many steps the whole UNet runs (caching.py). at_once: rows of one run of an engine, None for all of
+    a step; with fewer, activations take less memory (loops on the processor only).
     """
 
     text_kv: np.ndarray
@@ -36,6 +37,7 @@ class Conditions:
     batch: int
     guided_steps: tuple
     cache_interval: int
+    at_once: int | None = None
 
     def active(self, step):
         """Whether the identity takes part in a step."""
@@ -72,12 +74,11 @@ def tensor_shapes(engine, plan, conditions, latent_shape):
 class Denoiser:
     """Runs the core's loop over one UNet engine, bound for a Plan, Conditions and latents [c,h,w].
 
-    cached: the engine of `unet_cached`, None where every step runs the whole UNet. at_once: rows of one run of an engine, None
-    for all of a step; with fewer, activations take less memory.
+    cached: the engine of `unet_cached`, None where every step runs the whole UNet.
     """
 
-    def __init__(self, engine, plan, conditions, latent_shape, cached=None, at_once=None):
-        self._engine, self._plan, self._conditions, self._at_once = engine, plan, conditions, at_once
+    def __init__(self, engine, plan, conditions, latent_shape, cached=None):
+        self._engine, self._plan, self._conditions = engine, plan, conditions
         self._buffers = self._allocate(latent_shape)
         self._calls = plan_calls(engine, cached, plan, conditions)
         self._bound = {}  # engine -> its rows
@@ -143,7 +144,7 @@ class Denoiser:
 
     def _parts(self, rows):
         """Return (first, end) of each run of a step that is for the last `rows` rows."""
-        total, size = len(self._conditions.id_fold), self._at_once or rows
+        total, size = len(self._conditions.id_fold), self._conditions.at_once or rows
         return [(i, min(i + size, total)) for i in range(total - rows, total, size)]
 
     def _bind(self, engine, part):

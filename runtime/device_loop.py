@@ -18,19 +18,17 @@ AHEAD = 2           # steps that may be queued and not done: the GPU never waits
 NEVER = 2**31 - 1   # StepProgress.first_bad while all is well
 
 
-def make_denoiser(engine, plan, conditions, latent_shape, cached=None, at_once=None):
+def make_denoiser(engine, plan, conditions, latent_shape, cached=None):
     """Return what runs the loop over a UNet's engine (arguments of Denoiser): on the device of engines that have one and where
-    the core was built for it, with all rows of a step at once, else on the processor."""
+    the core was built for it, else on the processor."""
     from pidiff import _C
 
     resident = all(getattr(e, "device", None) is not None for e in (engine, cached) if e is not None) and _C.has_cuda()
-    if resident:
-        return DeviceDenoiser(engine, plan, conditions, latent_shape, cached)
-    return Denoiser(engine, plan, conditions, latent_shape, cached, at_once)
+    return (DeviceDenoiser if resident else Denoiser)(engine, plan, conditions, latent_shape, cached)
 
 
 class DeviceDenoiser:
-    """A Denoiser whose loop runs on the device of its engines (engines.DeviceEngine); same results and errors.
+    """A Denoiser whose loop runs on the device of its engines (engines.DeviceEngine); same arguments, results and errors.
 
     Rows are [conditional..., unconditional...] on the device: steps without guidance use the beginning of every buffer.
     """

@@ -203,14 +203,14 @@ class Pipeline:
         mask = resolve_mask(id_mask, len(people), *shape[1:])
         batch, at_once, tile = self._budget.batch(min(options.batch_size, len(seeds)), 1 + options.guided, len(mask), options.steps,
                                                   options.cache_interval > 1, shape[1:], self._tiles(tiled_decode, shape))
-        conditions = self._conditions(options, people, mask, prompt, negative_prompt)
+        conditions = self._conditions(options, people, mask, prompt, negative_prompt, at_once)
         with self._stage("plan"):
             plan = self.plan(options.steps, options.scheduler)
         images, maps = [], []
         chunks, decode = self._chunks(seeds, batch, options.guided, shape, tile), partial(self._decode, tile=tile)
         try:
             with _Progress(callback, progress, options.steps * len(chunks), decode) as watch:
-                for latents, identity_map in self._denoised(plan, chunks, options, conditions, shape, watch, at_once):
+                for latents, identity_map in self._denoised(plan, chunks, options, conditions, shape, watch):
                     images += list(decode(latents))
                     maps.append(identity_map)
         except NotFinite as e:
@@ -237,7 +237,7 @@ class Pipeline:
             self._compiled.check_images((len(chunk), *shape) if tile is None else (1, shape[0], *(min(tile, n) for n in shape[1:])))
         return chunks
 
-    def _conditions(self, options, people, mask, prompt, negative_prompt):
+    def _conditions(self, options, people, mask, prompt, negative_prompt, at_once):
         """Return a function: number of images -> Conditions with rows [unconditional..., conditional...]."""
         with self._stage("text"):
             text = [self.prepare(prompt)]
@@ -253,23 +253,23 @@ class Pipeline:
             return Conditions(
                 np.concatenate([np.repeat(t, count, 0) for t in text]), np.repeat(np.stack(folds), count, 0),
                 np.repeat(mask[None], count * len(folds), 0), id_scale, options.first_identity_step, count,
-                options.guided_steps, options.cache_interval)
+                options.guided_steps, options.cache_interval, at_once)
 
         return rows
 
-    def _denoised(self, plan, chunks, options, conditions, *how):
+    def _denoised(self, plan, chunks, options, conditions, shape, watch):
         """Yield what `_denoise` returns for every chunk: after the last one, if the UNet goes before the decoder comes."""
-        each = (self._denoise(plan, chunk, options, conditions, *how) for chunk in chunks)
+        each = (self._denoise(plan, chunk, options, conditions, shape, watch) for chunk in chunks)
         return each if self._keep else list(each)
 
-    def _denoise(self, plan, seeds, options, conditions, shape, watch, at_once):
+    def _denoise(self, plan, seeds, options, conditions, shape, watch):
         """Denoise one batch from its seeds' noise: (latents [B,c,h,w], identity map or None); shape [c,h,w]."""
         from pidiff import _C
 
         with self._stage("load"):  # an engine may compile for these shapes
             rows = conditions(len(seeds))
             cached = self._graph("unet_cached") if rows.cache_interval > 1 else None
-            denoiser = make_denoiser(self._graph("unet"), plan, rows, shape, cached, at_once)
+            denoiser = make_denoiser(self._graph("unet"), plan, rows, shape, cached)
         with self._stage("denoise"):
             latents = _C.randn(seeds, shape)
             latents *= np.float32(plan.schedule.init_noise_sigma)
