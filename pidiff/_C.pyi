@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Cancelled', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'has_cuda', 'identity_mix', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'step_table']
+__all__: list[str] = ['Cancelled', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'has_cuda', 'identity_mix', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'start_threads', 'step_table']
 class Cancelled(Exception):
     """
     on_step asked sample() to stop.
@@ -66,12 +66,13 @@ class Solver:
         """
         Returns (the next latents, the clean prediction); float32 arrays of one shape throughout.
         """
-def attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, num_heads: typing.SupportsInt | typing.SupportsIndex, implementation: str = 'auto') -> numpy.ndarray:
+def attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, num_heads: typing.SupportsInt | typing.SupportsIndex, implementation: str = 'auto', out: numpy.ndarray | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.ndarray:
     """
     softmax(q k^T / sqrt(C / num_heads)) v per head.
     
-    q [B, S, C], k and v [B, T, C], float32 or float16 (bfloat16 too with implementation="cuda"), contiguous
-    along the last axis; returns [B, S, C] in the same dtype. Arithmetic is float32, but for
+    q [B, S, C], k and v [B, T, C], float32, float16 or bfloat16 (ml_dtypes' or its bits as uint16), contiguous along
+    the last axis; returns [B, S, C] in the same dtype: `out` if given, which may not overlap the others. threads: at
+    most so many of the pool's (`start_threads`), 0 for all. Arithmetic is float32, but for
     implementation="avx512bf16" and "amx", which round the operands of both products to bfloat16, and "low", which is
     one of these from 512 keys on where that is faster ("amx" where it runs, else "avx512bf16" on AMD's processors),
     else "auto".
@@ -119,6 +120,11 @@ def sample(schedule: Schedule, latents: numpy.ndarray, seeds: collections.abc.It
     guided_steps (first, end): steps with guidance, first <= step < end (None: all of them, where guidance_scale is
     not 1). At every other step only the last B rows of both buffers are written and read.
     Runs without the GIL but for the callbacks. RuntimeError names the step at which latents are not finite.
+    """
+def start_threads() -> int:
+    """
+    Start the kernels' own threads, once, and return how many there are, the caller's included: PIDIFF_NUM_THREADS, else
+    OMP_NUM_THREADS, else the processors that the calling thread may use. The first kernel does it otherwise.
     """
 def step_table(schedule: Schedule, guidance_scale: typing.SupportsFloat | typing.SupportsIndex, guided_steps: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, mapped_steps: collections.abc.Sequence[bool] = []) -> numpy.typing.NDArray[numpy.uint8]:
     """

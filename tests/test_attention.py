@@ -163,6 +163,52 @@ def test_attention_strided(rng, carrier, dtype):
     require_attention(carrier, got, q, k, v, 2)
 
 
+def bits(x: Array) -> Array:
+    """The nearest bfloat16 as its 16 bits."""
+    return (bfloat16(x).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def unbits(x: Array) -> Array:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("implementation", core.cpu_implementations())
+def test_bfloat16_storage(rng, implementation):
+    """To the bit: float32's result of what the 16 bits hold, rounded once, at the end. NaN stays NaN, infinity infinity."""
+    q, k, v = (bits(rng.standard_normal((2, n, 3 * 40))) for n in (70, 131, 131))
+    q[0, 3], v[1, 5, :2] = 0x7FFF, (0x7F80, 0xFF80)
+    with np.errstate(invalid="ignore"):
+        expected = core.attention(*map(unbits, (q, k, v)), 3, implementation)
+    got = unbits(core.attention(q, k, v, 3, implementation))
+    assert np.isnan(got[0, 3]).all() and np.isinf(got[1, 0, 0])
+    np.testing.assert_array_equal(got, bfloat16(expected))
+    inputs = [bits(x) for x in identity_inputs(rng, np.float32, 37, 5, 40, 2, 4, True)]
+    expected = core.identity_mix(*map(unbits, inputs), 5, True, implementation)
+    for one, other in zip(core.identity_mix(*inputs, 5, True, implementation), expected):
+        np.testing.assert_array_equal(unbits(one), bfloat16(other))
+
+
+def test_result_into_an_array_of_the_caller(rng):
+    """`out` is written in place, whatever its strides and however few threads; what cannot be written is refused."""
+    q = rng.standard_normal((2, 300, 80)).astype(np.float32)
+    expected, wide = core.attention(q, q, q, 2), np.zeros((2, 300, 160), np.float32)
+    out = wide[..., 80:]
+    for threads in (0, 1, 2, 99):
+        wide[:] = 0
+        assert core.attention(q, q, q, 2, out=out, threads=threads) is out
+        np.testing.assert_array_equal(out, expected)
+        assert not wide[..., :80].any()
+    fixed = np.zeros_like(q)
+    fixed.flags.writeable = False
+    for other, message in ((out[:1], r"out must have shape \[B, S, C\] = \(2, 300, 80\), got \(1, 300, 80\)"),
+                           (q.astype(np.float16), "out must have the dtype of q"), (fixed, "out must be writable")):
+        with pytest.raises(ValueError, match=message):
+            core.attention(q, q, q, 2, out=other)
+    with pytest.raises(ValueError, match="threads must not be negative, got -1"):
+        core.attention(q, q, q, 2, threads=-1)
+    assert core.start_threads() == core.start_threads() >= 1
+
+
 @carriers
 def test_attention_outlier_rows(rng, carrier):
     """Logits of several thousand: one key takes all; and rows that are all zero."""
@@ -363,7 +409,7 @@ def test_attention_errors(rng):
         ((q, k[:, :0], k[:, :0], 2), r"k must have at least one key"),
         ((q, k, k, 3), r"num_heads must divide the channels 16, got 3"),
         ((q, k, k, 0), r"num_heads must be positive, got 0"),
-        ((q.astype(np.float64), k, k, 2), r"q must be float32 or float16, got float64"),
+        ((q.astype(np.float64), k, k, 2), r"q must be float32, float16 or bfloat16, got float64"),
         ((q, k.astype(np.float16), k, 2), r"k must have the dtype of q, float32, got float16"),
         ((q[..., ::2], k[..., :8], k[..., :8], 2), r"q must be contiguous along its last axis"),
         ((q, k, k, 2, "magic"), r"implementation must be one of auto, low, reference, .*, got magic"),

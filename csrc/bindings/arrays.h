@@ -35,12 +35,13 @@ inline void require_shape(const py::array& a, const char* name, std::initializer
   fail(std::string(name) + " must have shape " + meaning + " = (" + wanted + "), got " + shape_of(a));
 }
 
+// numpy itself has no bfloat16: it comes as ml_dtypes' or as its bits.
 inline DType dtype_of(const py::array& a, const char* name, bool bfloat16 = false) {
   const std::string text = py::str(a.dtype());
   if (text == "float32") return DType::float32;
   if (text == "float16") return DType::float16;
-  if (bfloat16 && text == "bfloat16") return DType::bfloat16;
-  fail(std::string(name) + " must be float32 or float16, got " + text);
+  if (bfloat16 && (text == "bfloat16" || text == "uint16")) return DType::bfloat16;
+  fail(std::string(name) + " must be float32" + (bfloat16 ? ", float16 or bfloat16, got " : " or float16, got ") + text);
 }
 
 inline void require_dtype(const py::array& a, const char* name, const py::array& like, const char* like_name) {

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <optional>
 
 #include "bindings/arrays.h"
 #include "kernels/attention.h"
@@ -24,14 +25,15 @@ AttentionParams::Strides strides(const py::array& a, const char* name, std::int6
 }
 
 py::array py_attention(const py::array& q, const py::array& k, const py::array& v, std::int64_t num_heads,
-                       const std::string& implementation) {
+                       const std::string& implementation, const std::optional<py::array>& out, int threads) {
   const Implementation which = parse_implementation(implementation);
   require_shape(q, "q", {-1, -1, -1}, "[B, S, C]");
   require_shape(k, "k", {q.shape(0), -1, q.shape(2)}, "[B, T, C]");
   require_shape(v, "v", {k.shape(0), k.shape(1), k.shape(2)}, "[B, T, C]");
   if (k.shape(1) < 1) fail("k must have at least one key, got " + shape_of(k));
   AttentionParams p;
-  p.dtype = dtype_of(q, "q", which == Implementation::cuda);
+  if (threads < 0) fail("threads must not be negative, got " + std::to_string(threads));
+  p.dtype = dtype_of(q, "q", true);
   require_dtype(k, "k", q, "q");
   require_dtype(v, "v", q, "q");
   p.batch = q.shape(0);
@@ -40,20 +42,23 @@ py::array py_attention(const py::array& q, const py::array& k, const py::array& 
   p.heads = num_heads;
   p.head_dim = head_dim(q.shape(2), num_heads);
   p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
-  py::array out = empty(q.dtype(), {q.shape(0), q.shape(1), q.shape(2)});
+  py::array result = out ? *out : empty(q.dtype(), {q.shape(0), q.shape(1), q.shape(2)});
+  require_shape(result, "out", {q.shape(0), q.shape(1), q.shape(2)}, "[B, S, C]");
+  require_dtype(result, "out", q, "q");
+  if (!result.writeable()) fail("out must be writable, got a read-only array");
   p.q = q.data();
   p.k = k.data();
   p.v = v.data();
-  p.out = out.mutable_data();
+  p.out = result.mutable_data();
   p.q_stride = strides(q, "q", p.head_dim);
   p.k_stride = strides(k, "k", p.head_dim);
   p.v_stride = strides(v, "v", p.head_dim);
-  p.out_stride = strides(out, "out", p.head_dim);
+  p.out_stride = strides(result, "out", p.head_dim);
   {
     py::gil_scoped_release release;
-    attention(p, own_threads(), which);
+    attention(p, own_threads(threads), which);
   }
-  return out;
+  return result;
 }
 
 std::pair<py::array, py::array> py_identity_mix(const py::array& h, const py::array& y, const py::array& a,
@@ -73,7 +78,7 @@ std::pair<py::array, py::array> py_identity_mix(const py::array& h, const py::ar
   require_shape(mask, "mask", {batch, people, queries}, "[B, P, S]");
   require_shape(scale, "scale", {batch}, "[B]");
   IdentityMixParams p;
-  p.dtype = dtype_of(h, "h", which == Implementation::cuda);
+  p.dtype = dtype_of(h, "h", true);
   const std::pair<const py::array*, const char*> others[] = {
       {&y, "y"}, {&a, "a"}, {&v_id, "v_id"}, {&mask, "mask"}, {&scale, "scale"}};
   for (const auto& [array, name] : others) require_dtype(*array, name, h, "h");
@@ -110,10 +115,11 @@ std::pair<py::array, py::array> py_identity_mix(const py::array& h, const py::ar
 
 void bind_kernels(py::module_& m) {
   m.def("attention", &py_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("num_heads"),
-        py::arg("implementation") = "auto",
+        py::arg("implementation") = "auto", py::arg("out") = py::none(), py::arg("threads") = 0,
         "softmax(q k^T / sqrt(C / num_heads)) v per head.\n\n"
-        "q [B, S, C], k and v [B, T, C], float32 or float16 (bfloat16 too with implementation=\"cuda\"), contiguous\n"
-        "along the last axis; returns [B, S, C] in the same dtype. Arithmetic is float32, but for\n"
+        "q [B, S, C], k and v [B, T, C], float32, float16 or bfloat16 (ml_dtypes' or its bits as uint16), contiguous along\n"
+        "the last axis; returns [B, S, C] in the same dtype: `out` if given, which may not overlap the others. threads: at\n"
+        "most so many of the pool's (`start_threads`), 0 for all. Arithmetic is float32, but for\n"
         "implementation=\"avx512bf16\" and \"amx\", which round the operands of both products to bfloat16, and \"low\", which is\n"
         "one of these from 512 keys on where that is faster (\"amx\" where it runs, else \"avx512bf16\" on AMD's processors),\n"
         "else \"auto\".");
@@ -131,6 +137,9 @@ void bind_kernels(py::module_& m) {
         return names;
       },
       "CPU implementations that run on this machine, slowest first; \"auto\" takes the last that computes in float32.");
+  m.def("start_threads", &start_threads,
+        "Start the kernels' own threads, once, and return how many there are, the caller's included: PIDIFF_NUM_THREADS, else\n"
+        "OMP_NUM_THREADS, else the processors that the calling thread may use. The first kernel does it otherwise.");
   m.def(
       "has_cuda",
       [] {

@@ -8,7 +8,6 @@
 #include <stdexcept>
 
 #include "kernels/attention_cpu.h"
-#include "kernels/half.h"
 
 #if defined(PIDIFF_X86) && defined(__linux__)
 #include <cpuid.h>
@@ -160,11 +159,6 @@ class Packed {
   Scratch memory_;
 };
 
-float element(const void* base, std::int64_t index, DType dtype) {
-  if (dtype == DType::float32) return static_cast<const float*>(base)[index];
-  return half_to_float(static_cast<const std::uint16_t*>(base)[index]);
-}
-
 // One (batch, person): A columns from head * columns + t to t * heads + head, so that a softmax over t runs across
 // whole vectors of heads; the padding repeats nothing (zeros) and is never read back.
 void pack_identity(const IdentityMixParams& p, std::int64_t which, std::int64_t padded, float* a, float* v) {
@@ -217,7 +211,6 @@ void attention(const AttentionParams& p, const Parallel& pool, Implementation wa
 #ifdef PIDIFF_HAS_CUDA
   if (implementation == Implementation::cuda) return attention_cuda_host(p);
 #endif
-  check(p.dtype != DType::bfloat16, "dtype must be float32 or float16 on the CPU, got bfloat16");
   if (implementation == Implementation::reference) return attention_reference(p);
   const CpuKernels& kernels = require(implementation);
   const Packed packed(p, pool, kernels);
@@ -242,7 +235,6 @@ void identity_mix(const IdentityMixParams& p, const Parallel& pool, Implementati
 #ifdef PIDIFF_HAS_CUDA
   if (implementation == Implementation::cuda) return identity_mix_cuda_host(p);
 #endif
-  check(p.dtype != DType::bfloat16, "dtype must be float32 or float16 on the CPU, got bfloat16");
   if (implementation == Implementation::reference) return identity_mix_reference(p);
   const CpuKernels& kernels = require(implementation);
 

@@ -17,7 +17,7 @@
 
 namespace pidiff {
 
-enum class DType : std::uint8_t { float32, float16, bfloat16 };  // bfloat16: CUDA only
+enum class DType : std::uint8_t { float32, float16, bfloat16 };
 
 // Bytes of one element.
 constexpr std::size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }

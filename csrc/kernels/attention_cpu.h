@@ -6,8 +6,22 @@
 #pragma once
 
 #include "kernels/attention.h"
+#include "kernels/half.h"
 
 namespace pidiff {
+
+// One element as a float, and back.
+static inline float element(const void* base, std::int64_t index, DType dtype) {
+  if (dtype == DType::float32) return static_cast<const float*>(base)[index];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(base)[index];
+  return dtype == DType::float16 ? half_to_float(bits) : bfloat_to_float(bits);
+}
+[[maybe_unused]] static inline void set_element(void* base, std::int64_t index, float value, DType dtype) {
+  if (dtype == DType::float32)
+    static_cast<float*>(base)[index] = value;
+  else
+    static_cast<std::uint16_t*>(base)[index] = dtype == DType::float16 ? float_to_half(value) : float_to_bfloat(value);
+}
 
 // identity_mix's operands, unpacked once per call. `a` columns are reordered to t * heads + head and padded.
 struct PackedIdentity {

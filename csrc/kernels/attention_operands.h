@@ -77,7 +77,7 @@ constexpr std::int64_t kAllKeys = 128;  // up to here one pass of the softmax
 // One row as floats: in place, or widened into `to`.
 const float* row_of(const void* base, std::int64_t at, std::int64_t d, DType dtype, float* to) {
   if (dtype == DType::float32) return static_cast<const float*>(base) + at;
-  widen(static_cast<const std::uint16_t*>(base) + at, to, d);
+  widen(static_cast<const std::uint16_t*>(base) + at, to, d, dtype);
   return to;
 }
 

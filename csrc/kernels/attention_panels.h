@@ -12,8 +12,7 @@ constexpr std::int64_t kKeyBlock = 64;  // keys per pass of the online softmax
 
 std::int64_t key_block(const AttentionParams& p) { return p.keys <= kAllKeys ? p.keys : kKeyBlock; }
 
-PIDIFF_INLINE void begin_products() {}
-PIDIFF_INLINE void end_products() {}
+struct Products {};  // nothing to set up
 
 // Rows of queries [units, lanes], of sums [dims, lanes] and of scores [keys, lanes], with padding.
 constexpr std::int64_t query_rows(std::int64_t d) { return units_of(d); }

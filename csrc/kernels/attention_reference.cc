@@ -4,22 +4,9 @@
 #include <vector>
 
 #include "kernels/attention_cpu.h"
-#include "kernels/half.h"
 
 namespace pidiff {
 namespace {
-
-float load(const void* base, std::int64_t index, DType dtype) {
-  if (dtype == DType::float32) return static_cast<const float*>(base)[index];
-  return half_to_float(static_cast<const std::uint16_t*>(base)[index]);
-}
-
-void store(void* base, std::int64_t index, float value, DType dtype) {
-  if (dtype == DType::float32)
-    static_cast<float*>(base)[index] = value;
-  else
-    static_cast<std::uint16_t*>(base)[index] = float_to_half(value);
-}
 
 // In place: logits -> probabilities.
 void softmax(float* values, std::int64_t count, std::int64_t stride) {
@@ -46,17 +33,17 @@ void attention_reference(const AttentionParams& p) {
           const std::int64_t key = at(p.k_stride, b, t, h);
           float dot = 0.0f;
           for (std::int64_t i = 0; i < p.head_dim; ++i)
-            dot += load(p.q, query + i, p.dtype) * load(p.k, key + i, p.dtype);
+            dot += element(p.q, query + i, p.dtype) * element(p.k, key + i, p.dtype);
           weights[t] = dot * p.scale;
         }
         softmax(weights.data(), p.keys, 1);
         sum.assign(p.head_dim, 0.0f);
         for (std::int64_t t = 0; t < p.keys; ++t) {
           const std::int64_t value = at(p.v_stride, b, t, h);
-          for (std::int64_t i = 0; i < p.head_dim; ++i) sum[i] += weights[t] * load(p.v, value + i, p.dtype);
+          for (std::int64_t i = 0; i < p.head_dim; ++i) sum[i] += weights[t] * element(p.v, value + i, p.dtype);
         }
         const std::int64_t out = at(p.out_stride, b, s, h);
-        for (std::int64_t i = 0; i < p.head_dim; ++i) store(p.out, out + i, sum[i], p.dtype);
+        for (std::int64_t i = 0; i < p.head_dim; ++i) set_element(p.out, out + i, sum[i], p.dtype);
       }
 }
 
@@ -68,16 +55,16 @@ void identity_mix_reference(const IdentityMixParams& p) {
       const std::int64_t h_row = b * p.h_stride.batch + s * p.h_stride.token;
       const std::int64_t y_row = b * p.y_stride.batch + s * p.y_stride.token;
       const std::int64_t out_row = b * p.out_stride.batch + s * p.out_stride.token;
-      for (std::int64_t c = 0; c < p.channels; ++c) row[c] = load(p.h, h_row + c, p.dtype);
+      for (std::int64_t c = 0; c < p.channels; ++c) row[c] = element(p.h, h_row + c, p.dtype);
       for (std::int64_t person = 0; person < p.people; ++person) {
         const std::int64_t which = b * p.people + person;
         logits.assign(width, 0.0f);
         for (std::int64_t c = 0; c < p.channels; ++c) {
-          const float y = load(p.y, y_row + c, p.dtype);
+          const float y = element(p.y, y_row + c, p.dtype);
           for (std::int64_t j = 0; j < width; ++j)
-            logits[j] += y * load(p.a, (which * p.channels + c) * width + j, p.dtype);
+            logits[j] += y * element(p.a, (which * p.channels + c) * width + j, p.dtype);
         }
-        const float weight = load(p.id_scale, b, p.dtype) * load(p.mask, which * p.queries + s, p.dtype);
+        const float weight = element(p.id_scale, b, p.dtype) * element(p.mask, which * p.queries + s, p.dtype);
         float mass = 0.0f;
         for (std::int64_t head = 0; head < p.heads; ++head) {
           float* probability = &logits[head * columns];
@@ -85,12 +72,12 @@ void identity_mix_reference(const IdentityMixParams& p) {
           for (std::int64_t t = 0; t < p.tokens; ++t) {
             mass += probability[t];
             for (std::int64_t i = head * d; i < (head + 1) * d; ++i)
-              row[i] += weight * probability[t] * load(p.v, (which * p.tokens + t) * p.channels + i, p.dtype);
+              row[i] += weight * probability[t] * element(p.v, (which * p.tokens + t) * p.channels + i, p.dtype);
           }
         }
-        store(p.id_mass, which * p.queries + s, p.has_null ? mass / static_cast<float>(p.heads) : 0.0f, p.dtype);
+        set_element(p.id_mass, which * p.queries + s, p.has_null ? mass / static_cast<float>(p.heads) : 0.0f, p.dtype);
       }
-      for (std::int64_t c = 0; c < p.channels; ++c) store(p.out, out_row + c, row[c], p.dtype);
+      for (std::int64_t c = 0; c < p.channels; ++c) set_element(p.out, out_row + c, row[c], p.dtype);
     }
 }
 

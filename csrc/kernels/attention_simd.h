@@ -39,7 +39,7 @@ void transpose_out(const AttentionParams& p, std::int64_t offset, std::int64_t r
   }
   transpose(from, lanes, d, rows, wide, d);
   for (std::int64_t r = 0; r < rows; ++r)
-    narrow(wide + r * d, static_cast<std::uint16_t*>(p.out) + offset + r * p.out_stride.token, d);
+    narrow(wide + r * d, static_cast<std::uint16_t*>(p.out) + offset + r * p.out_stride.token, d, p.dtype);
 }
 
 // In place: scores [count, lanes] -> weights [units, lanes]; adds the weights to `total`.
@@ -73,7 +73,7 @@ void attention_lanes(const AttentionParams& p, const float* packed, std::int64_t
   std::memset(queries + units_of(d) * lanes, 0,
               static_cast<std::size_t>((query_rows(d) - units_of(d)) * lanes) * sizeof(float));
 
-  begin_products();
+  [[maybe_unused]] const Products set_up;
   Float top[NV], total[NV] = {};
   for (int j = 0; j < NV; ++j) top[j] = splat(-3.0e38f);
   for (std::int64_t t0 = 0; t0 < p.keys; t0 += block) {
@@ -90,7 +90,6 @@ void attention_lanes(const AttentionParams& p, const float* packed, std::int64_t
     accumulate<NV>(packed + packed_k(p, count), weights, count, d, t0 == 0, keep, sums);
     packed += packed_size(p, count);
   }
-  end_products();
   for (int j = 0; j < NV; ++j) total[j] = 1.0f / total[j];
   for (std::int64_t i = 0; i < d; ++i)
     for (int j = 0; j < NV; ++j) {

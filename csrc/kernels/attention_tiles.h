@@ -25,9 +25,20 @@ alignas(64) const struct {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 } kTileLayout;
 
-// The tile registers are set up for a task and given back after it.
-PIDIFF_INLINE void begin_products() { _tile_loadconfig(&kTileLayout); }
-PIDIFF_INLINE void end_products() { _tile_release(); }
+// The tile registers are set up while one lives, and then as they were: others on this thread (oneDNN) remember their own set-up.
+class Products {
+ public:
+  PIDIFF_INLINE Products() {
+    asm volatile("sttilecfg %0" : "=m"(before_));
+    _tile_loadconfig(&kTileLayout);
+  }
+  PIDIFF_INLINE ~Products() { asm volatile("ldtilecfg %0" ::"m"(before_)); }
+
+ private:
+  struct {
+    std::uint8_t bytes[64];
+  } before_;
+};
 
 constexpr std::int64_t whole(std::int64_t rows) { return (rows + kSide - 1) / kSide * kSide; }
 

@@ -1,5 +1,5 @@
-// IEEE half precision by bit operations: for compilers and processors without a half type. `static`, because files
-// with different processor flags include it (see attention_cpu.h).
+// IEEE half precision and bfloat16 by bit operations: for compilers and processors without such types. `static`, because
+// files with different processor flags include it (see attention_cpu.h).
 #pragma once
 
 #include <cstdint>
@@ -39,6 +39,21 @@ static inline std::uint16_t float_to_half(float value) {
   }
   bits += 0xfffu + ((bits >> 13) & 1u);
   return static_cast<std::uint16_t>(sign | ((bits - 0x38000000u) >> 13));
+}
+
+static inline float bfloat_to_float(std::uint16_t bfloat) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(bfloat) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Round to nearest, ties to even; overflow gives infinity.
+static inline std::uint16_t float_to_bfloat(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 }  // namespace pidiff

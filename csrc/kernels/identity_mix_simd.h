@@ -35,13 +35,13 @@ Block block_of(const void* base, std::int64_t offset, std::int64_t stride, std::
                DType dtype, float* to) {
   if (dtype == DType::float32) return {static_cast<const float*>(base) + offset, stride};
   for (std::int64_t t = 0; t < count; ++t)
-    widen(static_cast<const std::uint16_t*>(base) + offset + t * stride, to + t * d, d);
+    widen(static_cast<const std::uint16_t*>(base) + offset + t * stride, to + t * d, d, dtype);
   return {to, d};
 }
 
 // Scratch: y widened [rows, channels], weights [rows, people, padded], one row of the output.
 std::int64_t identity_scratch(const IdentityMixParams& p, std::int64_t padded) {
-  const std::int64_t wide = p.dtype == DType::float16 ? kRowBlock * p.channels : 0;
+  const std::int64_t wide = p.dtype != DType::float32 ? kRowBlock * p.channels : 0;
   return wide + kRowBlock * (p.people > 0 ? p.people : 1) * padded + p.channels + kLanes;
 }
 
@@ -126,15 +126,12 @@ PIDIFF_INLINE void add_values(const IdentityMixParams& p, const PackedIdentity& 
 
 void identity_rows(const IdentityMixParams& p, const PackedIdentity& packed, std::int64_t b, std::int64_t row0,
                    std::int64_t rows, float* scratch) {
-  const bool half = p.dtype == DType::float16;
+  const bool narrower = p.dtype != DType::float32;
   const std::int64_t channels = p.channels, padded = packed.padded, people = p.people, d = p.head_dim();
   float* wide = scratch;
-  float* weights = wide + (half ? kRowBlock * channels : 0);
+  float* weights = wide + (narrower ? kRowBlock * channels : 0);
   float* line = weights + kRowBlock * (people > 0 ? people : 1) * padded;
 
-  const auto scalar = [&](const void* base, std::int64_t i) {
-    return half ? half_to_float(static_cast<const std::uint16_t*>(base)[i]) : static_cast<const float*>(base)[i];
-  };
   const Block y = block_of(p.y, b * p.y_stride.batch + row0 * p.y_stride.token, p.y_stride.token, rows, channels,
                            p.dtype, wide);
   for (std::int64_t person = 0; person < people; ++person) {
@@ -143,20 +140,16 @@ void identity_rows(const IdentityMixParams& p, const PackedIdentity& packed, std
     logits(y.data, y.stride, packed.a + which * channels * padded, padded, rows, channels, first, people * padded);
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t at = which * p.queries + row0 + r;
-      const float weight = scalar(p.id_scale, b) * scalar(p.mask, at);
+      const float weight = element(p.id_scale, b, p.dtype) * element(p.mask, at, p.dtype);
       const float mass = softmax_heads(p, padded, weight, first + r * people * padded);
-      const float shown = p.has_null ? mass : 0.0f;
-      if (half)
-        static_cast<std::uint16_t*>(p.id_mass)[at] = float_to_half(shown);
-      else
-        static_cast<float*>(p.id_mass)[at] = shown;
+      set_element(p.id_mass, at, p.has_null ? mass : 0.0f, p.dtype);
     }
   }
   // Only now is anything written to `out`, which may be h (and y): these rows belong to this task alone.
   for (std::int64_t r = 0; r < rows; ++r) {
     const Block h = block_of(p.h, b * p.h_stride.batch + (row0 + r) * p.h_stride.token, 0, 1, channels, p.dtype, line);
     const std::int64_t at = b * p.out_stride.batch + (row0 + r) * p.out_stride.token;
-    float* to = half ? line : static_cast<float*>(p.out) + at;
+    float* to = narrower ? line : static_cast<float*>(p.out) + at;
     const float* row = weights + r * people * padded;
     for (std::int64_t head = 0; head < p.heads; ++head) {
       std::int64_t c = head * d;
@@ -168,7 +161,7 @@ void identity_rows(const IdentityMixParams& p, const PackedIdentity& packed, std
       if constexpr (kLanes > 4) add_values<4, 1>(p, packed, b, head, row, h.data, to, c, end);
       add_values<1, 1>(p, packed, b, head, row, h.data, to, c, end);
     }
-    if (half) narrow(line, static_cast<std::uint16_t*>(p.out) + at, channels);
+    if (narrower) narrow(line, static_cast<std::uint16_t*>(p.out) + at, channels, p.dtype);
   }
 }
 

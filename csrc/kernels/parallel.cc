@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -30,7 +31,7 @@ int thread_count() {
 class Pool {
  public:
   explicit Pool(int threads) : owner_(getpid()) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   }
   ~Pool() {
     {
@@ -42,10 +43,11 @@ class Pool {
   }
 
   pid_t owner() const { return owner_; }
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  void run(std::size_t count, Parallel::Task task, void* user) {
+  void run(int limit, std::size_t count, Parallel::Task task, void* user) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (!turn.owns_lock() || workers_.empty() || count < 2) {
+    if (!turn.owns_lock() || workers_.empty() || count < 2 || limit == 1) {
       for (std::size_t i = 0; i < count; ++i) task(user, i);
       return;
     }
@@ -54,6 +56,7 @@ class Pool {
       task_ = task;
       user_ = user;
       count_ = count;
+      limit_ = limit == 0 ? threads() : limit;
       next_.store(0, std::memory_order_relaxed);
       busy_ = workers_.size();
       ++round_;
@@ -69,7 +72,7 @@ class Pool {
     for (std::size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(user, i);
   }
 
-  void work() {
+  void work(int index) {
     std::size_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -78,7 +81,7 @@ class Pool {
       seen = round_;
       const auto task = task_;
       const auto user = user_;
-      const auto count = count_;
+      const auto count = index < limit_ ? count_ : 0;
       lock.unlock();
       drain(task, user, count);
       lock.lock();
@@ -93,6 +96,7 @@ class Pool {
   Parallel::Task task_ = nullptr;
   void* user_ = nullptr;
   std::size_t count_ = 0, round_ = 0, busy_ = 0;
+  int limit_ = 0;
   std::atomic<std::size_t> next_{0};
   bool stop_ = false;
   std::vector<std::thread> workers_;
@@ -118,11 +122,11 @@ struct Guarded {
   void* user;
 };
 
-void run_own(void*, std::size_t count, Parallel::Task task, void* user) {
+void run_own(void* limit, std::size_t count, Parallel::Task task, void* user) {
   if (inside_task || count < 2) return run_serial(nullptr, count, task, user);
   Guarded guarded{task, user};
   pool().run(
-      count,
+      static_cast<int>(reinterpret_cast<std::intptr_t>(limit)), count,
       [](void* data, std::size_t index) {
         const auto& inner = *static_cast<Guarded*>(data);
         inside_task = true;
@@ -134,7 +138,8 @@ void run_own(void*, std::size_t count, Parallel::Task task, void* user) {
 
 }  // namespace
 
-Parallel own_threads() { return {run_own, nullptr}; }
+Parallel own_threads(int limit) { return {run_own, reinterpret_cast<void*>(static_cast<std::intptr_t>(limit))}; }
+int start_threads() { return pool().threads(); }
 Parallel no_threads() { return {run_serial, nullptr}; }
 
 }  // namespace pidiff

@@ -15,7 +15,11 @@ struct Parallel {
 
 // Our own pool, started on first use. Threads: PIDIFF_NUM_THREADS, else OMP_NUM_THREADS, else the processors this
 // process may use. Safe after fork. A call from within a task, or from a second thread meanwhile, runs on its caller.
-Parallel own_threads();
+// `limit`: how many of them at most, 0 for all.
+Parallel own_threads(int limit = 0);
+
+// Starts the pool; returns its threads, the caller among them. From a thread that is bound to one processor it would have one.
+int start_threads();
 
 // All on the calling thread.
 Parallel no_threads();

@@ -12,6 +12,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "kernels/attention.h"
 #include "kernels/half.h"
 
 #define PIDIFF_INLINE inline __attribute__((always_inline))
@@ -31,6 +32,8 @@ struct Vector {
 };
 using Float = Vector<kLanes>::Float;
 using Int = Vector<kLanes>::Int;
+typedef std::uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef std::uint16_t Bits16 __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
 template <int Lanes = kLanes>
 PIDIFF_INLINE typename Vector<Lanes>::Float load(const float* from) {
@@ -51,10 +54,14 @@ PIDIFF_INLINE Float maximum(Float a, Float b) { return a > b ? a : b; }
 template <int Terms = 7>
 PIDIFF_INLINE Float exp2(Float x) {
   static_assert(Terms == 7 || Terms == 4, "terms");
+#ifdef __AVX512DQ__
+  const Float f = (Float)_mm512_reduce_ps((__m512)x, 0);  // what is left after rounding: [-0.5, 0.5]
+#else
   x = maximum(splat(-126.0f), x);
   const Float shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Float rounded = x + shifter;
   const Float f = x - (rounded - shifter);  // [-0.5, 0.5]
+#endif
   Float y;
   if constexpr (Terms == 7) {  // Taylor coefficients of 2^f, ln(2)^k / k!
     y = splat(1.5403530e-4f) * f + 1.3333558e-3f;
@@ -67,13 +74,23 @@ PIDIFF_INLINE Float exp2(Float x) {
     y = y * f + 6.9328292e-1f;
   }
   y = y * f + 1.0f;
+#ifdef __AVX512DQ__
+  return (Float)_mm512_scalef_ps((__m512)y, (__m512)(x - f));
+#else
   // Casts between vectors of one size keep the bits. The shift leaves nothing of the shifter: its low nine bits are 0.
   return (Float)((Int)y + ((Int)rounded << 23));
+#endif
 }
 
-// `count` halves to floats and back.
-PIDIFF_INLINE void widen(const std::uint16_t* from, float* to, std::int64_t count) {
+// `count` values of a 16-bit dtype to floats and back.
+PIDIFF_INLINE void widen(const std::uint16_t* from, float* to, std::int64_t count, DType dtype) {
   std::int64_t i = 0;
+  if (dtype == DType::bfloat16) {
+    for (; i + kLanes <= count; i += kLanes)
+      store(to + i, (Float)(__builtin_convertvector(*reinterpret_cast<const Bits16*>(from + i), Bits) << 16));
+    for (; i < count; ++i) to[i] = bfloat_to_float(from[i]);
+    return;
+  }
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
@@ -82,8 +99,18 @@ PIDIFF_INLINE void widen(const std::uint16_t* from, float* to, std::int64_t coun
 #endif
   for (; i < count; ++i) to[i] = half_to_float(from[i]);
 }
-PIDIFF_INLINE void narrow(const float* from, std::uint16_t* to, std::int64_t count) {
+PIDIFF_INLINE void narrow(const float* from, std::uint16_t* to, std::int64_t count, DType dtype) {
   std::int64_t i = 0;
+  if (dtype == DType::bfloat16) {
+    for (; i + kLanes <= count; i += kLanes) {  // as float_to_bfloat
+      const Float value = load(from + i);
+      const Bits bits = (Bits)value, nan = (Bits)(value != value);
+      const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = bits >> 16 | 0x40;
+      *reinterpret_cast<Bits16*>(to + i) = __builtin_convertvector((nan & quiet) | (~nan & rounded), Bits16);
+    }
+    for (; i < count; ++i) to[i] = float_to_bfloat(from[i]);
+    return;
+  }
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),

@@ -12,6 +12,7 @@ from ..errors import EngineError, require
 from ..files import private_cache, trim_folder
 from ..memory import PACKED, give_back, mapped_pages_dropped
 from . import check_names, rebound
+from .openvino_attention import use_kernels
 from .openvino_bfloat16 import in_bfloat16
 from .openvino_ops import core
 
@@ -121,11 +122,16 @@ class OpenVinoEngine:
     def _compile(self, shapes):
         if shapes:
             self._model.reshape({name: list(shape) for name, shape in shapes.items()})
-        config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
+        cache = self._cache
+        if self._any_batch:
+            rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS")
+            if use_kernels(self._model, rounding, threads):
+                cache = None    # OpenVINO would read our nodes back without what they were made with
+        config = {**self._config, "CACHE_DIR": str(cache)} if cache else self._config
         with self._packing():
             compiled = core().compile_model(self._model, "CPU", config)
-        if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
-            trim_folder(self._cache, CACHE_BYTES)
+        if cache and not compiled.get_property("LOADED_FROM_CACHE"):
+            trim_folder(cache, CACHE_BYTES)
         return compiled
 
     def _try(self, verb, work):
