@@ -50,7 +50,7 @@ def ours(bundle: Path, int8: Path | None) -> list[Way]:
     full = Way("pidiff exact, full precision", "pidiff_worker", job=common | {"precision": "full"})
     smaller = [Way(f"pidiff {preset}, int8", "pidiff_worker", job=common | {"model": str(int8), "preset": preset}, likeness=20.0)
                for preset in ("exact", "fast")] if int8 else []
-    return [*presets, full, Way("pidiff exact, one stage at a time", "pidiff_worker", job=common | {"keep_graphs": False}),
+    return [*presets, full, Way("pidiff exact, least memory", "pidiff_worker", job=common | {"keep_graphs": False, "least_memory": True}),
             Way("pidiff exact, onnxruntime", "pidiff_worker", job=common | {"engine": "onnxruntime"}), *smaller]
 
 

@@ -1,8 +1,19 @@
 """PIDiff itself: a bundle through `pidiff.runtime`."""
 
+import re
 import time
 
 from protocol import work
+
+
+def least_memory(open_with, job):
+    """The smallest `max_memory` that is not refused for the job's picture: what the refusal of too little names."""
+    from pidiff.runtime import PidiffError
+
+    try:
+        open_with(1 << 20).generate(None, job["prompt"], num_inference_steps=1, height=job["size"], width=job["size"])
+    except PidiffError as e:
+        return int(re.search(r"at least (\d+) MiB", str(e))[1]) << 20
 
 
 def load(job):
@@ -10,8 +21,11 @@ def load(job):
 
     from pidiff.runtime import Pipeline
 
-    pipeline = Pipeline.from_bundle(job["model"], engine=job["engine"], threads=job["threads"], precision=job["precision"],
-                                    keep=job.get("keep_graphs"))
+    def open_with(max_memory):
+        return Pipeline.from_bundle(job["model"], engine=job["engine"], threads=job["threads"], precision=job["precision"],
+                                    keep=job.get("keep_graphs"), max_memory=max_memory)
+
+    pipeline = open_with(least_memory(open_with, job) if job.get("least_memory") else None)
     facts = {"version": f"pidiff {version('pidiff-edge')}", "engine": job["engine"]}
     people = []
     if job["identity"]:

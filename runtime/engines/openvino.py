@@ -13,17 +13,17 @@ from ..files import private_cache, trim_folder
 from ..memory import PACKED, give_back, mapped_pages_dropped
 from . import check_names, rebound
 from .openvino_attention import use_kernels
-from .openvino_bfloat16 import in_bfloat16
 from .openvino_ops import core
+from .openvino_weights import rewritten
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
 CACHE_BYTES = 8 << 30
 # From here on weights are packed once for all numbers of pictures: compiled for one of them, Stable Diffusion's UNet takes 5 GB and
 # is no faster; a small graph like that of `mini`, compiled for any, is a fifth slower.
 ANY_BATCH_BYTES = 256 << 20
-# Bytes at the peak per byte of float32 weights, in bfloat16: packed while mapped pages are dropped (on Linux, from the cache), or
-# beside the packed ones; and for each other shape of a small graph.
-MAPPED, NARROW, ANOTHER_SHAPE = 0.65, 1.15, 2.1
+# Bytes at the peak per byte of float32 weights, of a large graph in float32 and in bfloat16: packed while mapped pages are dropped (on
+# Linux, from the cache), or beside the packed ones; and for each other shape of a small graph.
+MAPPED, UNMAPPED, ANOTHER_SHAPE = (1.4, 0.65), (PACKED, 1.15), 2.1
 
 
 class OpenVinoEngine:
@@ -47,14 +47,14 @@ class OpenVinoEngine:
         large = _constant_bytes(self._model) >= ANY_BATCH_BYTES
         self._any_batch, folders = static and large, [Path(path).parent, *filter(None, [self._cache])]
         self._packing = partial(mapped_pages_dropped, *folders) if large else nullcontext
-        if self._any_batch and self._config["INFERENCE_PRECISION_HINT"] == "bf16":
+        if large:
+            kind = self._config["INFERENCE_PRECISION_HINT"]
             with self._packing():
-                narrow = self._try("load", lambda: in_bfloat16(self._model, path, self._cache))
+                self._model = self._try("load", lambda: rewritten(self._model, path, self._cache, kind)) or self._model
             if self._cache:
                 trim_folder(self._cache, CACHE_BYTES)
-            if narrow:      # compiled in seconds from a file of the cache: nothing is gained by another file
-                self._model, self._cache = narrow, None
-                give_back()
+            self._cache = None      # compiled in seconds from a file of the cache: nothing is gained by another file
+            give_back()
         if not static:
             self._request_for({})
             self._model = None
@@ -75,11 +75,11 @@ class OpenVinoEngine:
     @staticmethod
     def loading(weights, static, precision):
         """See engines.Engine."""
-        if static and weights // 2 < ANY_BATCH_BYTES:
-            return int((PACKED + ANOTHER_SHAPE * (KEPT_SHAPES - 1)) * weights)
-        if not static or OpenVinoEngine.computes_in(precision) != "bfloat16":
-            return int(PACKED * weights)
-        return int((MAPPED if sys.platform == "linux" and private_cache("openvino") else NARROW) * weights)
+        if weights // 2 < ANY_BATCH_BYTES:
+            return int((PACKED + ANOTHER_SHAPE * (KEPT_SHAPES - 1) * static) * weights)
+        narrow = static and OpenVinoEngine.computes_in(precision) == "bfloat16"
+        mapped = sys.platform == "linux" and private_cache("openvino")
+        return int((MAPPED if mapped else UNMAPPED)[narrow] * weights)
 
     def inputs(self):
         return self._spec.inputs
@@ -122,16 +122,13 @@ class OpenVinoEngine:
     def _compile(self, shapes):
         if shapes:
             self._model.reshape({name: list(shape) for name, shape in shapes.items()})
-        cache = self._cache
         if self._any_batch:
-            rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS")
-            if use_kernels(self._model, rounding, threads):
-                cache = None    # OpenVINO would read our nodes back without what they were made with
-        config = {**self._config, "CACHE_DIR": str(cache)} if cache else self._config
+            use_kernels(self._model, self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS"))
+        config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
         with self._packing():
             compiled = core().compile_model(self._model, "CPU", config)
-        if cache and not compiled.get_property("LOADED_FROM_CACHE"):
-            trim_folder(cache, CACHE_BYTES)
+        if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
+            trim_folder(self._cache, CACHE_BYTES)
         return compiled
 
     def _try(self, verb, work):

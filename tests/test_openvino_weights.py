@@ -1,4 +1,4 @@
-"""bfloat16 in the OpenVINO engine: where it computes in it, what it costs, and the weights that are kept in it on disk."""
+"""bfloat16 in the OpenVINO engine: where it computes in it, what it costs; and the weights of large graphs, kept on disk in what it computes in."""
 
 import os
 
@@ -13,8 +13,8 @@ from pidiff.runtime import Pipeline
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.engines import call
 from pidiff.runtime.engines import openvino as engine_module
-from pidiff.runtime.engines.openvino_bfloat16 import _rounded, in_bfloat16
 from pidiff.runtime.engines.openvino_ops import core
+from pidiff.runtime.engines.openvino_weights import _rounded, rewritten
 
 core()  # imports openvino as the runtime does
 import openvino
@@ -104,6 +104,27 @@ def test_weights_are_kept_in_bfloat16(bundles, large, name, monkeypatch):
     assert len(again._requests) == 1
 
 
+@pytest.mark.parametrize("graph", ["w_plus_encoder", "unet"])
+def test_sixteen_bits_are_kept_in_float32_where_that_is_computed_in(bundles, large, graph, monkeypatch):
+    """Written once; the same numbers as without; float32 weights are mapped from the bundle itself, and OpenVINO writes nothing."""
+    def drawn_in_full(bundle):
+        return call(opened(bundle, graph, static=graph == "unet"), drawn_inputs(bundle.graph(graph), np.random.default_rng(0), B=2, P=1))
+
+    drawn_in_full(Bundle.open(bundles["fp32"]))
+    assert not large.is_dir() or not list(large.iterdir())
+    bundle = Bundle.open(bundles["fp16"])
+    first = drawn_in_full(bundle)
+    written = {file.name: file.stat().st_mtime_ns for file in large.iterdir()}
+    assert sorted(name.partition(".")[2] for name in written) == ["bin", "xml"] and all(name.startswith("f32-") for name in written)
+    second = drawn_in_full(bundle)
+    assert {file.name: file.stat().st_mtime_ns for file in large.iterdir()} == written
+    monkeypatch.setenv("PIDIFF_CACHE", "off")
+    third = drawn_in_full(bundle)
+    for key, value in first.items():
+        assert np.array_equal(value, second[key]) and value.dtype == bundle.graph(graph).tensor(key).dtype
+        assert np.abs(value.astype(float) - third[key]).max() <= 1e-3 * np.abs(third[key]).max()
+
+
 @needs_bfloat16
 def test_a_torn_or_other_file_is_made_again(bundles, large, tmp_path):
     bundle = Bundle.open(bundles["fp32"])
@@ -115,7 +136,7 @@ def test_a_torn_or_other_file_is_made_again(bundles, large, tmp_path):
     model = onnx.load(bundle.file("unet.onnx"))
     model.doc_string = "another"
     onnx.save(model, tmp_path / "other.onnx")
-    in_bfloat16(core().read_model(tmp_path / "other.onnx"), tmp_path / "other.onnx", large)
+    rewritten(core().read_model(tmp_path / "other.onnx"), tmp_path / "other.onnx", large, "bf16")
     assert len(list(large.glob("*.bin"))) == 2
 
 
@@ -139,7 +160,7 @@ def test_int8_graphs_are_left_alone(tmp_path):
     ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 4])] for name in "xy"]
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", *ends, weights), opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
               tmp_path / "g.onnx")
-    assert in_bfloat16(core().read_model(tmp_path / "g.onnx"), tmp_path / "g.onnx", None) is None
+    assert rewritten(core().read_model(tmp_path / "g.onnx"), tmp_path / "g.onnx", None, "bf16") is None
 
 
 def test_rounding_is_pytorchs():
@@ -153,6 +174,7 @@ def test_rounding_is_pytorchs():
 @needs_bfloat16
 def test_more_memory_is_predicted_where_no_weights_can_be_mapped(large, monkeypatch):
     loading = engine_module.OpenVinoEngine.loading
-    mapped = loading(1 << 30, True, "auto")
+    mapped, full, other = (loading(1 << 30, *how) for how in ((True, "auto"), (True, "full"), (False, "auto")))
     monkeypatch.setenv("PIDIFF_CACHE", "off")
     assert 0.5 * 2**30 < mapped < 2**30 < loading(1 << 30, True, "auto") < loading(1 << 30, True, "full")
+    assert 2**30 < full == other < loading(1 << 30, True, "full") == loading(1 << 30, False, "auto")

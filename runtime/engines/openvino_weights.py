@@ -1,7 +1,7 @@
-"""A graph rewritten in bfloat16 for OpenVINO, with its weights in a file that is mapped instead of loaded.
+"""A graph whose weights are in a file in the number format that OpenVINO computes in, mapped instead of loaded.
 
-Left to itself, OpenVINO widens 16-bit weights to float32 before it packs them as bfloat16, and keeps both: 3.2 GB more than
-Stable Diffusion's UNet needs.
+Left to itself, OpenVINO widens 16-bit weights to float32 before it packs them, in bfloat16 or float32, and keeps both: 3.2 GB more than
+Stable Diffusion's UNet needs in bfloat16, 1.1 GB more than its W+ encoder in float32.
 """
 
 import contextlib
@@ -17,27 +17,27 @@ CHUNK = 1 << 22  # values rounded at once: a few times that in bytes is all the 
 FLOATS = ("f16", "f32")
 
 
-def in_bfloat16(model, path, folder):
-    """Return the model of the graph at `path` with bfloat16 constants and arithmetic; inputs and outputs stay as they are.
+def rewritten(model, path, folder, kind):
+    """Return the model of the graph at `path` with constants in `kind`: "bf16", then its arithmetic, too, or "f32". Inputs and outputs
+    stay as they are.
 
-    Its weights are mapped from a file in `folder`, the user's own (None, or a disk that is full: they are held in memory), which is
-    written when the graph is met for the first time. None for a graph with int8 weights, whose scales must not be rounded. Raises
-    RuntimeError where OpenVINO does not take the rewritten graph.
+    Its weights are mapped from a file in `folder`, the user's own, which is written when the graph is met for the first time. Without
+    a folder (None, or a disk that is full) bfloat16 is held in memory. None where nothing is gained: in bfloat16 for a graph with int8
+    weights, whose scales must not be rounded; in float32 for one that has its weights in it, or without a folder. Raises RuntimeError
+    where OpenVINO does not take the rewritten graph.
     """
     import openvino
 
-    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
-    if any(op.get_element_type().get_type_name() in ("i8", "u8", "i4", "u4") for op in constants):
+    kinds = {op.get_element_type().get_type_name() for op in model.get_ops() if op.get_type_name() == "Constant"}
+    narrow = kind == "bf16"
+    if narrow and kinds & {"i8", "u8", "i4", "u4"} or not narrow and (folder is None or "f16" not in kinds):
         return None
-    if folder is None:
-        _narrow(model)
-        return model
-    kept = folder / f"{_key(path, openvino.__version__)}.xml"
-    mapped = _mapped(kept)
+    kept = folder and folder / f"{kind}-{_key(path, openvino.__version__)}.xml"
+    mapped = kept and _mapped(kept)
     if mapped:
         return mapped
-    _narrow(model)
-    return (_save(model, kept) and _mapped(kept)) or model
+    _retype(model, kind)
+    return (kept and _save(model, kept) and _mapped(kept)) or model
 
 
 def _mapped(file):
@@ -50,7 +50,8 @@ def _mapped(file):
     return None
 
 
-def _narrow(model):
+def _retype(model, to):
+    """Constants and arithmetic between floats in `to`, in place."""
     import openvino
     from openvino import opset13 as ops
 
@@ -60,25 +61,28 @@ def _narrow(model):
             continue
         readers = [(reader, reader.get_node().get_type_name()) for reader in output.get_target_inputs()]
         if kind == "Constant" and "Interpolate" not in (reader for _, reader in readers):    # there it is a factor of a size
-            narrow = openvino.op.Constant(_rounded(op.data)).output(0)
+            if output.get_element_type().get_type_name() == to:
+                continue
+            data = _rounded(op.data) if to == "bf16" else op.data.astype(np.float32)
+            retyped = openvino.op.Constant(data).output(0)
             for reader, reading in readers:
                 if reading == "Convert":    # from the 16 bits of the file to the graph's float32
-                    reader.get_node().output(0).replace(narrow)
+                    reader.get_node().output(0).replace(retyped)
                 else:
-                    reader.replace_source_output(narrow)
+                    reader.replace_source_output(retyped)
         elif kind == "Parameter":
-            narrow = ops.convert(op, "bf16").output(0)
+            retyped = ops.convert(op, to).output(0)
             for reader, reading in readers:
                 if reading != "ShapeOf":
-                    reader.replace_source_output(narrow)
+                    reader.replace_source_output(retyped)
         elif kind == "Convert" and op.input_value(0).get_element_type().get_type_name() in (*FLOATS, "bf16"):
-            output.replace(op.input_value(0))   # to float32 and back around what overflows in float16: bfloat16 has float32's range
+            output.replace(op.input_value(0))   # to float32 and back around what overflows in float16; bfloat16 has float32's range
         elif kind == "Result":
             source = op.input_value(0)
-            names, wide = source.get_names(), ops.convert(source, output.get_element_type()).output(0)
-            op.input(0).replace_source_output(wide)
+            names, promised = source.get_names(), ops.convert(source, output.get_element_type()).output(0)
+            op.input(0).replace_source_output(promised)
             source.set_names(set())
-            wide.set_names(names)
+            promised.set_names(names)
     model.validate_nodes_and_infer_types()
 
 
@@ -102,7 +106,7 @@ def _key(path, version):
     for name in external_files(data):
         found = os.stat(Path(path).parent / name)
         digest.update(f"{name} {found.st_size} {found.st_mtime_ns} {found.st_ino} {found.st_dev}".encode())
-    return f"bfloat16-{digest.hexdigest()[:32]}"
+    return digest.hexdigest()[:32]
 
 
 def _save(model, file):
