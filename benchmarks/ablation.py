@@ -61,7 +61,7 @@ def run_variant(name: str, args) -> None:
     # Not the default guidance: rows of all dates can be compared.
     subprocess.run([sys.executable, "-m", "pidiff.evaluate", "--checkpoint", str(model), "--data", str(args.data[0]),
                     "--embedder", str(args.embedder), "--people", str(args.people), "--prompts", "1", "--seeds", "1", "--guidance-scale", "2.5",
-                    "--curve-people", str(args.curve_people if new else 0), "--out", str(report)], check=True, cwd=folder)
+                    "--curve-people", str(args.curve_people if new else 0), "--curve-starts", "0", "--out", str(report)], check=True, cwd=folder)
 
 
 def disruption_at(similarity: np.ndarray, disruption: np.ndarray, wanted: float) -> float:

@@ -142,7 +142,7 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     if source == "checkpoint":
         pytest.importorskip("diffusers")
     arguments = ["--data", str(two_people), "--embedder", str(embedder), "--people", "2", "--prompts", "2", "--seeds", "2",
-                 "--steps", "2", "--curve-people", "1", "--pairs", "1", f"--{source}", str(MINI), "--out", str(tmp_path)]
+                 "--steps", "2", "--curve-people", "1", "--curve-starts", "0.4", "--pairs", "1", f"--{source}", str(MINI), "--out", str(tmp_path)]
     assert main(arguments) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     for key in ("rank1", "verification_rate", "background_accuracy", "disruption", "copy_paste", "identity_map_inside"):
@@ -155,6 +155,7 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     assert summary["style_accuracy"]["mean"] == pytest.approx(np.mean([float(r["style_accuracy"]) for r in rows]), abs=1e-3)
     for name in ("people.png", "similarity.png", "curves.png"):
         assert cv2.imread(str(tmp_path / name)) is not None
+    assert {c["id_start"] for c in json.loads((tmp_path / "curves.json").read_text())} == {0.4}
     assert (tmp_path / "report.md").read_text().startswith("# Evaluation")
 
 

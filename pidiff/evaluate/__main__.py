@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--curve-people", type=int, default=0, help="people for the operating curves of id_scale x id_start")
+    parser.add_argument("--curve-starts", type=float, nargs="+", default=(0.0, 0.2, 0.4), metavar="START", help="values of id_start in the curves (default: 0 0.2 0.4)")
     parser.add_argument("--pairs", type=int, default=0, help="pictures with two people, for the leakage between them")
     parser.add_argument("--edits", type=int, default=0, help="people who are edited along pose, smile and age (needs exact codes in DATA)")
     parser.add_argument("--steps", type=int, help="default: the bundle's own (a checkpoint's too, if it is one), or 20")
@@ -43,6 +44,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("people", 2), ("prompts", 1), ("seeds", 1), ("curve_people", 0), ("pairs", 0), ("edits", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if not all(0 <= start <= 1 for start in args.curve_starts):
+        raise ValueError(f"--curve-starts must be in [0, 1], got {args.curve_starts}")
     if args.checkpoint and args.require_signature:
         raise ValueError(f"--require-signature must be given for a bundle, which has a signature, got --checkpoint {args.checkpoint}")
     if args.checkpoint and args.preset != "exact":
@@ -113,7 +116,7 @@ def evaluate(args) -> None:
     factors = FactorReader(tools, known, pictures)
     evaluation = Evaluation(generator, subjects, tools, factors)
     reader = DirectionReader(tools, known) if args.edits else None
-    evaluation.run(args.prompts, args.seeds, args.curve_people, args.pairs, args.edits, reader)
+    evaluation.run(args.prompts, args.seeds, args.curve_people, args.pairs, args.edits, reader, args.curve_starts)
     ceilings = reader_ceilings(factors, reader, subjects, args.data) | inversion_ceiling(evaluation, tools, np.random.default_rng(0))
     settings = {"model": generator.name, "prompts": args.prompts, "seeds": args.seeds, **generator.settings}
     summary = report.summarise(evaluation, ceilings, settings, apparent_groups(evaluation, known))

@@ -1,6 +1,7 @@
 """The protocol: every person x prompt x seed, with and without identity, scored picture by picture."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -17,7 +18,7 @@ from .readers import FactorReader, FaceTools
 from .subjects import Subject
 
 LEVEL_PEOPLE = 20                # people on whom single level groups are switched: four pictures each
-ID_SCALES, ID_STARTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25), (0.0, 0.2, 0.4)
+ID_SCALES = 0.0, 0.25, 0.5, 0.75, 1.0, 1.25
 PATTERNS = (                                    # {} takes a colour
     Factors("photo", "{}"), Factors("photo", "{}", "smiling"), Factors("black and white photo"), Factors("watercolour painting", "{}"),
     Factors("photo", "{}", "serious"), Factors("sepia photo"), Factors("photo", "beach", None, "straight ahead"),
@@ -77,7 +78,8 @@ class Evaluation:
         """Similarities of every person's other photo to everybody else's reference [N (N - 1)]."""
         return (self.others @ self.gallery.T)[~np.eye(len(self.others), dtype=bool)]
 
-    def run(self, prompts: int, seeds: int, curve_people: int = 0, pairs: int = 0, edits: int = 0, reader: DirectionReader | None = None) -> Records:
+    def run(self, prompts: int, seeds: int, curve_people: int = 0, pairs: int = 0, edits: int = 0, reader: DirectionReader | None = None,
+            curve_starts: Sequence[float] = (0.0,)) -> Records:
         for i in tqdm(range(len(self.people)), desc="people", disable=None):
             self.records.pictures[self.people[i][0].name] = [self.people[i][0].reference]
             for prompt in range(prompts):
@@ -90,7 +92,7 @@ class Evaluation:
             for name, scores in follow(self.generator, person, reference, caption(prompt_factors(0, i)), reader).items():
                 self.records.edits.setdefault(name, []).append((subject.name, *scores))
         for i in tqdm(range(min(curve_people, len(self.people))), desc="curves", disable=None):
-            self._curve(i)
+            self._curve(i, curve_starts)
         return self.records
 
     def base(self, text: str, seed: int) -> np.ndarray:
@@ -151,11 +153,11 @@ class Evaluation:
         half = change.shape[1] // 2
         self.records.leakage.append((self.people[i][0].name, float(change[:, :half].mean() / max(change[:, half:].mean(), 1e-6))))
 
-    def _curve(self, i: int) -> None:
+    def _curve(self, i: int, starts: Sequence[float]) -> None:
         subject, person, reference, _ = self.people[i]
         wanted = prompt_factors(0, i)
         text, base = caption(wanted), self.base(caption(wanted), 0)
-        for id_start in ID_STARTS:
+        for id_start in starts:
             for id_scale in ID_SCALES:
                 image = base if id_scale == 0 else self.generator.generate(person, text, 0, id_scale, id_start)[0]
                 self.records.curves.append({

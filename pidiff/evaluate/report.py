@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from . import metrics
-from .protocol import ID_SCALES, ID_STARTS, Evaluation
+from .protocol import ID_SCALES, Evaluation
 
 FALSE_MATCH_RATES = (1e-2, 1e-3)                # the first is the one that groups and the inversion ceiling are judged by
 PER_PICTURE = ("rank1", "similarity_reference", "similarity_other", "copy_paste", "disruption", "identity_map_inside",
@@ -151,7 +151,7 @@ def plot_similarity(path: Path, evaluation: Evaluation, summary: dict) -> None:
 def plot_curves(path: Path, curves: list[dict]) -> None:
     """Operating curves: likeness against change of the background, over id_scale, one line per id_start."""
     figure, axes = _axes(9, 3.5, 2)
-    for start in ID_STARTS:
+    for start in sorted({c["id_start"] for c in curves}):
         points = np.array([[np.nanmean([c[k] for c in curves if c["id_start"] == start and c["id_scale"] == scale])
                             for k in ("disruption", "similarity", "background_accuracy")] for scale in ID_SCALES])
         for axis, column in zip(axes, (0, 2)):
