@@ -83,6 +83,8 @@ def install(work: Path, environment: str) -> None:
         return
     venv.create(folder, with_pip=True)
     run([folder / "bin" / "python", "-m", "pip", "install", "-q", *ENVIRONMENTS[environment]], work / f"install-{environment}.log")
+    # What optimum asks for, nothing here uses, and does not load beside a torch for the CPU.
+    run([folder / "bin" / "python", "-m", "pip", "uninstall", "-q", "-y", "torchvision"], work / f"install-{environment}.log")
     (folder / "installed").write_text("\n".join(ENVIRONMENTS[environment]) + "\n")
 
 
