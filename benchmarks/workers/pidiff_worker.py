@@ -7,13 +7,13 @@ from protocol import work
 
 
 def least_memory(open_with, job):
-    """The smallest `max_memory` that is not refused for the job's picture: what the refusal of too little names."""
+    """About the smallest `max_memory` that is not refused for the job's picture: what the refusal of too little names, and room for a person."""
     from pidiff.runtime import PidiffError
 
     try:
         open_with(1 << 20).generate(None, job["prompt"], num_inference_steps=1, height=job["size"], width=job["size"])
     except PidiffError as e:
-        return int(re.search(r"at least (\d+) MiB", str(e))[1]) << 20
+        return int(re.search(r"at least (\d+) MiB", str(e))[1]) + 16 << 20
 
 
 def load(job):
