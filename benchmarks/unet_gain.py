@@ -1,22 +1,24 @@
-"""How much faster ONNX Runtime's whole UNet is with our attention operators.
+"""How much faster a whole UNet is with our attention kernels: in ONNX Runtime, whose operators they are, or in OpenVINO.
 
     pidiff-export MODEL standard --attention standard && pidiff-export MODEL fused
     python -m benchmarks.unet_gain standard/unet.onnx fused/unet.onnx [--side N] [--batch N] [--threads N] [--rounds N]
+    python -m benchmarks.unet_gain --openvino fused/unet.onnx [--precision auto|full] ...
 
-The graphs are timed in turns, the second one with precision "full" and "auto"; each turn opens a session (one at a time: those
-of Stable Diffusion need the memory), runs it once to warm up and then three times. Medians of wall and processor time of
-a run, the ratio to the first, and how far the output is from the first one's.
+The ways are timed in turns of three runs: in ONNX Runtime the two graphs, the second one with precision "full" and "auto"; in OpenVINO one
+graph with its attention and with ours. In ONNX Runtime each turn loads its engine, one at a time (those of Stable Diffusion need the memory).
+Medians of wall and processor time of a run, the ratio of processor time to the first, and how far the output is from the first one's.
 """
 
 import argparse
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 from pidiff.export.to_onnx import read_spec
-from pidiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from pidiff.runtime.engines import load_engine, openvino_attention
 
 
 def arrays(spec, sizes: dict) -> dict:
@@ -29,43 +31,64 @@ def arrays(spec, sizes: dict) -> dict:
     return inputs | {t.name: np.empty(shape(t), t.dtype) for t in spec.outputs}
 
 
-def turn(path: Path, fused: bool, precision: str, sizes: dict, threads: int) -> tuple[list, np.ndarray]:
-    """[(wall, processor seconds)] of three runs, and the model's output."""
+def loaded(name: str, path: Path, sizes: dict, keys: int, **options) -> tuple:
+    """(engine, its arrays), run once. keys: from how many on OpenVINO takes our attention."""
     spec = read_spec(path)
-    engine, bound = OnnxRuntimeEngine(path, spec, threads=threads, fused=fused, precision=precision), arrays(spec, sizes)
-    engine.bind(bound)
+    with mock.patch.object(openvino_attention, "KEYS", keys):
+        engine, bound = load_engine(name)(path, spec, static=True, **options), arrays(spec, sizes)
+        engine.bind(bound)
     engine.run()
+    return engine, bound
+
+
+def timed(engine) -> list[tuple[float, float]]:
+    """(wall, processor seconds) of three runs."""
     times = []
     for _ in range(3):
         wall, cpu = time.perf_counter(), time.process_time()
         engine.run()
         times.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return times, bound["model_output"].astype(np.float32)
+    return times
+
+
+def ways(args) -> dict[str, dict]:
+    """Name -> arguments of `loaded`."""
+    usual = openvino_attention.KEYS
+    if args.openvino:
+        common = {"name": "openvino", "path": args.graphs[0], "fused": True, "precision": args.precision}
+        return {"OpenVINO's attention": common | {"keys": 1 << 62}, "ours": common | {"keys": usual}}
+    return {name: {"name": "onnxruntime", "path": path, "fused": fused, "precision": precision, "keys": usual} for name, path, fused, precision in
+            (("standard", args.graphs[0], False, "full"), ("fused, full", args.graphs[-1], True, "full"), ("fused, auto", args.graphs[-1], True, "auto"))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("standard", type=Path)
-    parser.add_argument("fused", type=Path)
+    parser.add_argument("graphs", type=Path, nargs="+", help="unet.onnx, standard and fused, or with --openvino fused alone")
+    parser.add_argument("--openvino", action="store_true")
+    parser.add_argument("--precision", choices=("auto", "full"), default="auto", help="in OpenVINO")
     parser.add_argument("--side", type=int, default=64, help="latent height and width where the graph takes any")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if len(args.graphs) != (1 if args.openvino else 2):
+        parser.error(f"graphs must be {'one' if args.openvino else 'two'}, got {len(args.graphs)}")
     sizes = {"B": args.batch, "P": 1, "h": args.side, "w": args.side}
-    variants = {"standard": (args.standard, False, "full"), "fused, full": (args.fused, True, "full"),
-                "fused, auto": (args.fused, True, "auto")}
-    times, outputs = {name: [] for name in variants}, {}
+    variants = ways(args)
+    times, outputs, kept = {name: [] for name in variants}, {}, {}
     for _ in range(args.rounds):
-        for name, (path, fused, precision) in variants.items():
-            measured, outputs[name] = turn(path, fused, precision, sizes, args.threads)
-            times[name] += measured
+        for name, how in variants.items():
+            engine, bound = kept.get(name) or loaded(**how, sizes=sizes, threads=args.threads)
+            if args.openvino:
+                kept[name] = engine, bound
+            times[name] += timed(engine)
+            outputs[name] = bound["model_output"].astype(np.float32)
+            del engine, bound
     medians = {name: [statistics.median(column) for column in zip(*rows)] for name, rows in times.items()}
-    first = outputs["standard"]
+    base = next(iter(variants))
     for name, (wall, cpu) in medians.items():
-        ratio = medians["standard"][1] / cpu
-        error = np.abs(outputs[name] - first).max() / np.abs(first).max()
-        print(f"{name:12} wall {wall:8.4f} s  processor {cpu:8.4f} s  {ratio:.2f} times  relative difference {error:.1e}")
+        error = np.abs(outputs[name] - outputs[base]).max() / np.abs(outputs[base]).max()
+        print(f"{name:20} wall {wall:8.4f} s  processor {cpu:8.4f} s  {medians[base][1] / cpu:.2f} times  relative difference {error:.1e}")
 
 
 if __name__ == "__main__":
