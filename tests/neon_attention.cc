@@ -7,8 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/attention.h"
-#include "kernels/half.h"
+#include "kernels/attention_cpu.h"
 
 namespace {
 
@@ -22,26 +21,18 @@ int cases = 0;
 Bytes normal(std::int64_t count, DType dtype, float factor = 1.0f) {
   std::normal_distribution<float> draw;
   Bytes bytes(static_cast<std::size_t>(count) * size_of(dtype));
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float value = draw(generator) * factor;
-    const std::uint16_t half = float_to_half(value);
-    std::memcpy(&bytes[i * size_of(dtype)], dtype == DType::float32 ? static_cast<const void*>(&value) : &half,
-                size_of(dtype));
-  }
+  for (std::int64_t i = 0; i < count; ++i) set_element(bytes.data(), i, draw(generator) * factor, dtype);
   return bytes;
 }
 
-float value(const Bytes& bytes, std::size_t i, DType dtype) {
-  if (dtype == DType::float16) return half_to_float(reinterpret_cast<const std::uint16_t*>(bytes.data())[i]);
-  return reinterpret_cast<const float*>(bytes.data())[i];
-}
-
-// A few float32 roundings of values of order `largest`; in float16 one step of the result.
+// A few float32 roundings of values of order `largest`; in 16 bits one step of the result.
 bool close(const Bytes& got, const Bytes& expected, DType dtype, float largest, const std::string& what) {
   ++cases;
+  const float step = dtype == DType::float32 ? 0.0f : dtype == DType::float16 ? 0x1p-10f : 0x1p-7f;
   for (std::size_t i = 0; i < got.size() / size_of(dtype); ++i) {
-    const float a = value(got, i, dtype), b = value(expected, i, dtype);
-    const float allowed = 4e-6f * largest + (dtype == DType::float16 ? std::fabs(b) * 0x1p-10f : 0.0f);
+    const auto index = static_cast<std::int64_t>(i);
+    const float a = element(got.data(), index, dtype), b = element(expected.data(), index, dtype);
+    const float allowed = 4e-6f * largest + std::fabs(b) * step;
     if (std::fabs(a - b) <= allowed) continue;
     std::printf("%s [%zu]: got %g, expected %g\n", what.c_str(), i, a, b);
     return false;
@@ -111,7 +102,7 @@ bool check_identity(std::int64_t queries, std::int64_t heads, std::int64_t d, st
 
 int main() {
   if (std::strcmp(name_of(Implementation::portable), "neon") != 0) return std::puts("not built for 64-bit Arm"), 1;
-  for (DType dtype : {DType::float32, DType::float16}) {
+  for (DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
     for (std::int64_t d : {1, 8, 40, 63, 80, 160})
       for (const auto& [queries, keys] : {std::pair{1, 77}, {77, 1}, {13, 129}, {129, 200}})
         if (!check_attention(queries, keys, d, dtype)) return 1;
