@@ -2,9 +2,11 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 
 #include "kernels/attention_cpu.h"
@@ -113,14 +115,23 @@ void check(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-using Scratch = std::unique_ptr<float, decltype(&std::free)>;
+// Floats on a cache line of their own. Not by aligned_alloc: glibc before 2.38 does not take what that gave back (its bug 14581), and
+// a process would grow by every call.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t floats)
+      : memory_(std::malloc(static_cast<std::size_t>(std::max<std::int64_t>(floats, 1)) * sizeof(float) + kLine), &std::free) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  float* get() const {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
+    return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
+  }
 
-Scratch allocate(std::int64_t floats) {
-  const std::size_t bytes = (static_cast<std::size_t>(std::max<std::int64_t>(floats, 1)) * 4 + 63) / 64 * 64;
-  Scratch memory(static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
+ private:
+  static constexpr std::size_t kLine = 64;
+  std::unique_ptr<void, decltype(&std::free)> memory_;
+};
 
 // Runs `task(index, scratch)`; tasks may not throw, so scratch that cannot be had is reported after the loop.
 template <class Task>
@@ -128,7 +139,7 @@ void run_tasks(const Parallel& pool, std::int64_t count, std::int64_t scratch_fl
   bool exhausted = false;
   parallel_for(pool, static_cast<std::size_t>(count), [&](std::size_t index) {
     try {
-      task(static_cast<std::int64_t>(index), allocate(scratch_floats).get());
+      task(static_cast<std::int64_t>(index), Scratch(scratch_floats).get());
     } catch (const std::bad_alloc&) {
       exhausted = true;  // only ever set, so the race is harmless
     }
@@ -140,23 +151,23 @@ void run_tasks(const Parallel& pool, std::int64_t count, std::int64_t scratch_fl
 class Packed {
  public:
   Packed(const AttentionParams& p, const Parallel& pool, const CpuKernels& kernels)
-      : heads_(p.heads), memory_(nullptr, &std::free) {
+      : heads_(p.heads) {
     const std::int64_t block = kernels.key_block(p), blocks = (p.keys + block - 1) / block;
     const std::int64_t whole = kernels.packed_size(p, block), last = p.keys - (blocks - 1) * block;
     size_ = (blocks - 1) * whole + kernels.packed_size(p, last);
-    memory_ = allocate(p.batch * p.heads * size_);
+    memory_.emplace(p.batch * p.heads * size_);
     run_tasks(pool, p.batch * blocks, kernels.pack_scratch(p), [&](std::int64_t index, float* scratch) {
       const std::int64_t batch = index / blocks, at = index % blocks;
-      kernels.pack_keys(p, batch, at, memory_.get() + batch * p.heads * size_ + at * whole, size_, scratch);
+      kernels.pack_keys(p, batch, at, memory_->get() + batch * p.heads * size_ + at * whole, size_, scratch);
     });
   }
   const float* of(std::int64_t batch, std::int64_t head) const {
-    return memory_.get() + (batch * heads_ + head) * size_;
+    return memory_->get() + (batch * heads_ + head) * size_;
   }
 
  private:
   std::int64_t heads_, size_;
-  Scratch memory_;
+  std::optional<Scratch> memory_;
 };
 
 // One (batch, person): A columns from head * columns + t to t * heads + head, so that a softmax over t runs across
@@ -242,7 +253,7 @@ void identity_mix(const IdentityMixParams& p, const Parallel& pool, Implementati
   const std::int64_t multiple = kernels.column_multiple;
   packed.padded = (p.heads * p.columns() + multiple - 1) / multiple * multiple;
   const std::int64_t a_floats = p.channels * packed.padded, v_floats = p.tokens * p.channels;
-  const Scratch memory = allocate(p.batch * p.people * (a_floats + v_floats));
+  const Scratch memory(p.batch * p.people * (a_floats + v_floats));
   float* a = memory.get();
   float* v = a + p.batch * p.people * a_floats;
   parallel_for(pool, static_cast<std::size_t>(p.batch * p.people), [&](std::size_t which) {
