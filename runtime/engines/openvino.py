@@ -50,10 +50,11 @@ class OpenVinoEngine:
         if large:
             kind = self._config["INFERENCE_PRECISION_HINT"]
             with self._packing():
-                self._model = self._try("load", lambda: rewritten(self._model, path, self._cache, kind)) or self._model
+                changed = self._try("load", lambda: rewritten(self._model, path, self._cache, kind))
+            self._model = changed or self._model    # not before: what the old one maps must stay mapped while its pages are dropped
             if self._cache:
                 trim_folder(self._cache, CACHE_BYTES)
-            self._cache = None      # compiled in seconds from a file of the cache: nothing is gained by another file
+            self._cache = None      # compiled in seconds; and OpenVINO would read `use_kernels`' nodes back without what they were made with
             give_back()
         if not static:
             self._request_for({})
