@@ -8,6 +8,7 @@ three times (those of the batch before, and the identity cut into layers), folde
 import ctypes
 import gc
 import math
+import mmap
 import re
 import sys
 import threading
@@ -81,42 +82,47 @@ def give_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@contextmanager
-def mapped_pages_dropped(*folders):
-    """While this runs, let go of pages of files in these folders that are mapped read-only and shared, many times a second.
-
-    An engine that packs mapped weights into its own layout reads each page once, and would be charged for all of them until it
-    is done. The next reader of a page finds it in the system's file cache. Does nothing where the system is not Linux.
+class MappedPages:
+    """Those of some NumPy arrays that lie in files mapped shared and read-only: their pages may be dropped, since nobody's changes are
+    in them. They are held, so that nothing else can come to lie at their addresses. None where the system is not Linux.
     """
-    done = threading.Event()
 
-    def work():
-        with suppress(OSError, AttributeError):
-            madvise = ctypes.CDLL(None).madvise
-            madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-            while True:
-                for first, end in _mapped_read_only(folders):
-                    madvise(first, end - first, _MADV_DONTNEED)
-                if done.wait(DROP_SECONDS):
-                    return
+    def __init__(self, arrays):
+        mapped = _mapped_read_only()
+        self._held = [a for a in arrays if any(first <= a.ctypes.data and a.ctypes.data + a.nbytes <= end for first, end in mapped)]
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    @contextmanager
+    def dropped(self):
+        """While this runs, let go of the pages many times a second.
+
+        An engine that packs mapped weights into its own layout reads each page once, and would be charged for all of them until it
+        is done. The next reader of a page finds it in the system's file cache.
+        """
+        done = threading.Event()
+        thread = threading.Thread(target=self._drop_until, args=(done,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _drop_until(self, done):
+        madvise = ctypes.CDLL(None).madvise if self._held else None
+        spans = [(ctypes.c_void_p(a.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE), a.ctypes.data % mmap.PAGESIZE + a.nbytes) for a in self._held]
+        while True:
+            for first, length in spans:
+                madvise(first, ctypes.c_size_t(length), _MADV_DONTNEED)
+            if done.wait(DROP_SECONDS):
+                return
 
 
-def _mapped_read_only(folders):
-    """Yield (first, end) addresses of files in these folders that this process maps, shared and read-only: those may be dropped
-    at any time, since nobody's changes are in them."""
-    roots = tuple(f"{Path(folder).resolve()}/" for folder in folders)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, kind, _, _, _, *name = line.split(None, 5)
-        if kind == "r--s" and name and name[0].startswith(roots):
-            yield tuple(int(n, 16) for n in addresses.split("-"))
+def _mapped_read_only():
+    """Return [first, end) addresses of what this process maps shared and read-only."""
+    with suppress(OSError):
+        lines = [line.split(None, 2) for line in Path("/proc/self/maps").read_text().splitlines()]
+        return [tuple(int(n, 16) for n in addresses.split("-")) for addresses, kind, _ in lines if kind == "r--s"]
+    return []
 
 
 class Predictor:

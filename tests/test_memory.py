@@ -32,34 +32,45 @@ def images(pipe, who=PERSON, **options):
     return np.stack(pipe.generate(who, PROMPT, seed=1, num_images=3, batch_size=2, num_inference_steps=3, **options).images)
 
 
+def resident_of(file):
+    """Return resident bytes of the file's mapping in this process."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.endswith(str(file)))
+    return next(int(line.split()[1]) << 10 for line in lines[start:] if line.startswith("Rss:"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="mapped pages are dropped on Linux")
 def test_mapped_pages_are_dropped_and_read_again(tmp_path):
-    """... those of files in the folder alone, and none that this process may have written to."""
-    size, maps = 8 * MIB, {}
+    """... those of the arrays alone, and none that this process may have written to."""
+    size, arrays = 8 * MIB, {}
     data = np.random.default_rng(0).bytes(size)
-    for name in ("in/weights.bin", "in/written.bin", "beside/weights.bin", "in-name-only/weights.bin"):
-        file = tmp_path / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(data)
-        with file.open("r+b") as handle:
-            maps[name] = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_WRITE if "written" in name else mmap.ACCESS_READ)
-
-    def resident_of(name):
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-        start = next(i for i, line in enumerate(lines) if line.endswith(str(tmp_path / name)))
-        return next(int(line.split()[1]) << 10 for line in lines[start:] if line.startswith("Rss:"))
-
-    read = {name: bytes(m) for name, m in maps.items()}
-    assert all(resident_of(name) == size for name in maps)
+    for name, mode in (("given", "r"), ("written", "r+"), ("copied", "c"), ("beside", "r")):
+        (tmp_path / name).write_bytes(data)
+        arrays[name] = np.memmap(tmp_path / name, np.uint8, mode)
+    own = np.frombuffer(data, np.uint8) + 1
+    pages = memory.MappedPages([own[3:], *(arrays[n] for n in ("written", "copied")), arrays["given"][5000:7000], arrays["given"][9001:]])
+    assert all(a.tobytes() == data and resident_of(tmp_path / name) == size for name, a in arrays.items())
     threads, deadline = threading.active_count(), time.monotonic() + 20
-    with pytest.raises(KeyError), memory.mapped_pages_dropped(tmp_path / "in"):
-        while resident_of("in/weights.bin"):
+    with pytest.raises(KeyError), pages.dropped():
+        while resident_of(tmp_path / "given") > mmap.PAGESIZE:      # the first page is no array's
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert all(resident_of(name) == size for name in maps if name != "in/weights.bin")
-        assert bytes(maps["in/weights.bin"]) == read["in/weights.bin"] == data
+        assert all(resident_of(tmp_path / name) == size for name in arrays if name != "given")
+        assert all(a.tobytes() == data for a in arrays.values()) and np.array_equal(own, np.frombuffer(data, np.uint8) + 1)
         {}["what goes wrong in between is passed on"]
     assert threading.active_count() == threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped pages are dropped on Linux")
+def test_what_is_dropped_stays_mapped(tmp_path):
+    """Something else could come to lie there, and be wiped."""
+    (tmp_path / "weights").write_bytes(bytes(MIB))
+    array = np.memmap(tmp_path / "weights", np.uint8, "r")
+    address, pages = array.ctypes.data, memory.MappedPages([array[:]])
+    del array
+    assert any(first <= address < end for first, end in memory._mapped_read_only())
+    del pages
+    assert not any(first <= address < end for first, end in memory._mapped_read_only())
 
 
 def test_one_stage_at_a_time_gives_the_same_pictures(tiny, monkeypatch):

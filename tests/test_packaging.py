@@ -133,7 +133,7 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 def test_files_with_processor_flags_define_one_symbol(tmp_path, name, flags):
     """Any other global symbol could replace, at link time, a plainly compiled copy that older processors need."""
     target = tmp_path / "kernels.o"
-    run("g++", "-std=c++17", "-O3", "-ffp-contract=fast", *flags.split(), f"-I{ROOT}/csrc", "-c",
+    run("g++", "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-exceptions", *flags.split(), f"-I{ROOT}/csrc", "-c",
         ROOT / f"csrc/kernels/attention_{name}.cc", "-o", target)  # fmt: skip
     defined = [line.split() for line in run("nm", "-C", "--defined-only", target).splitlines()]
     shared = [" ".join(parts[2:]) for parts in defined if len(parts) > 2 and (parts[1].isupper() or parts[1] in "uvw")]

@@ -3,14 +3,13 @@
 import sys
 from collections import OrderedDict
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import EngineError, require
 from ..files import private_cache, trim_folder
-from ..memory import PACKED, give_back, mapped_pages_dropped
+from ..memory import PACKED, MappedPages, give_back
 from . import check_names, rebound
 from .openvino_attention import use_kernels
 from .openvino_ops import core
@@ -44,14 +43,13 @@ class OpenVinoEngine:
         self._bound, self._request, self._requests, self._ran = {}, None, OrderedDict(), set()
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
-        large = _constant_bytes(self._model) >= ANY_BATCH_BYTES
-        self._any_batch, folders = static and large, [Path(path).parent, *filter(None, [self._cache])]
-        self._packing = partial(mapped_pages_dropped, *folders) if large else nullcontext
+        large = sum(op.get_byte_size() for op in _constants(self._model)) >= ANY_BATCH_BYTES
+        self._any_batch, self._packing = static and large, nullcontext
         if large:
-            kind = self._config["INFERENCE_PRECISION_HINT"]
-            with self._packing():
-                changed = self._try("load", lambda: rewritten(self._model, path, self._cache, kind))
-            self._model = changed or self._model    # not before: what the old one maps must stay mapped while its pages are dropped
+            with _mapped(self._model).dropped():
+                kind = self._config["INFERENCE_PRECISION_HINT"]
+                self._model = self._try("load", lambda: rewritten(self._model, path, self._cache, kind)) or self._model
+            self._packing = _mapped(self._model).dropped
             if self._cache:
                 trim_folder(self._cache, CACHE_BYTES)
             self._cache = None      # compiled in seconds; and OpenVINO would read `use_kernels`' nodes back without what they were made with
@@ -155,8 +153,12 @@ def _names(model, spec):
     return [next(filter(spec.tensor, port.names), port.any_name) for port in (*model.inputs, *model.outputs)]
 
 
-def _constant_bytes(model):
-    return sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
+def _constants(model):
+    return [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+
+
+def _mapped(model):
+    return MappedPages([op.data for op in _constants(model)])
 
 
 def _shared(array):
