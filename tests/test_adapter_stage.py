@@ -46,6 +46,14 @@ def test_background_term_counts_only_what_the_identity_changes_outside(adapter_l
     loss.draw = everything_is_face
     assert loss(np.random.default_rng(0))[1]["bg"] == 0
 
+    def nobody(*args):
+        task = everything_is_face(*args)
+        return dataclasses.replace(task, w_plus=torch.zeros_like(task.w_plus), id_scale=torch.ones_like(task.id_scale))
+
+    loss.draw = nobody
+    parts = loss(np.random.default_rng(0))[1]
+    assert parts["bg"] > 0, "the unconditional half of guidance, identity included, is the base model's, inside faces too"
+
 
 def test_negative_codes_are_other_people_or_edits(adapter_loss):
     loss = adapter_loss(edited=0.0)

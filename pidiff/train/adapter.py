@@ -1,7 +1,8 @@
 """Adapter stage: the identity branch alone, fine-tuned so that identity stays in the face (base model frozen).
 
     L_rec = mean( (M + b (1 - M)) |v - v_hat(c, w)|^2 )
-    L_bg  = mean( (1 - M) |v_hat(c, w) - sg v_hat(c, identity off)|^2 )      the background is the base model's
+    L_bg  = mean( (1 - M) |v_hat(c, w) - sg v_hat(c, identity off)|^2 )      the background is the base model's, and nobody's identity
+                                                                             (w = 0, M = 0 here) changes nothing: guidance amplifies it
     L_dis = mean( (1 - M) |v_hat(c, w) - sg v_hat(c, w')|^2 )                and does not depend on who it is
     L_loc = identity attention is on inside the face and off outside
     L_id  = 1 - cos(F(x0_hat) - F_mean, w - F_mean)                          of a nearly clean step's picture, F the W+ encoder
@@ -89,22 +90,21 @@ class AdapterLoss(BaseLoss):
             if terms.dis:
                 negative = self.predict(task, self.negatives(task.w_plus, rng), task.id_scale)[0]
         output, maps = self.predict(task, task.w_plus, task.id_scale, self.held)
-        outside = 1 - task.masks
-        channels = self.weight(task)
-        weight = (task.masks + terms.background_weight * outside) * channels
+        outside, someone, shown = 1 - task.masks, task.real.view(-1, 1, 1, 1), task.id_scale.view(-1, 1, 1, 1)
+        weight = (task.masks + terms.background_weight * outside) * self.weight(task)
         parts = {"rec": (weight * (output - task.target).square()).mean()}
 
-        def change(other: Tensor) -> Tensor:
-            return (outside * (output - other).square() * channels * task.real.view(-1, 1, 1, 1)).mean()
+        def change(other: Tensor, where: Tensor) -> Tensor:
+            return (where * (output - other).square()).mean()   # plain: a tint is in the few channels that vary most
 
         if terms.bg:
-            parts["bg"] = terms.bg * change(without)
+            parts["bg"] = terms.bg * change(without, someone * outside + shown - someone)
         if terms.preserve:
-            parts["preserve"] = terms.preserve * ((output - without).square() * channels * task.real.view(-1, 1, 1, 1)).mean()
+            parts["preserve"] = terms.preserve * change(without, shown)
         if terms.id:
             parts["id"] = terms.id * self.identity_loss(task, output)
         if terms.dis:
-            parts["dis"] = terms.dis * change(negative)
+            parts["dis"] = terms.dis * change(negative, someone * outside)
         if terms.loc and self.model.adapter.config.has_null:
             parts["loc"] = terms.loc * localisation_loss(maps, task.masks, task.real)
         return sum(parts.values()), {name: value.detach() for name, value in parts.items()}
