@@ -81,7 +81,7 @@ def draw_within_the_limit(bundle, folder):
     assert done.returncode == 0, done.stderr[-2000:]
     need, peak = map(int, done.stdout.split())
     assert 0.5 * need < peak <= need
-    assert need < 2700 or not list((folder / "cache").glob("openvino/bfloat16-*.bin"))
+    assert need < 2700 or not list((folder / "cache").glob("openvino/bf16-*.bin"))
 
 
 def test_sd15_engines_for_three_generations_of_rtx_cards(tmp_path):
