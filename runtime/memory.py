@@ -89,7 +89,7 @@ class MappedPages:
 
     def __init__(self, arrays):
         mapped = _mapped_read_only()
-        self._held = [a for a in arrays if any(first <= a.ctypes.data and a.ctypes.data + a.nbytes <= end for first, end in mapped)]
+        self._held = [a for a in arrays if a.nbytes and any(first <= a.ctypes.data and a.ctypes.data + a.nbytes <= end for first, end in mapped)]
 
     @contextmanager
     def dropped(self):
