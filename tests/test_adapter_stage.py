@@ -55,6 +55,17 @@ def test_background_term_counts_only_what_the_identity_changes_outside(adapter_l
     assert parts["bg"] > 0, "the unconditional half of guidance, identity included, is the base model's, inside faces too"
 
 
+def test_changes_count_as_they_are_seen(adapter_loss):
+    """... whatever a channel's variance: a tint of the background is in the few that vary most."""
+    def parts(factor):
+        torch.manual_seed(0)
+        loss = adapter_loss(preserve=1.0)
+        loss.variance = loss.variance * factor
+        return loss(np.random.default_rng(3))[1]
+    one, other = parts(1), parts(5)
+    assert one["rec"] != other["rec"] and all(one[name] == other[name] for name in ("bg", "dis", "preserve"))
+
+
 def test_negative_codes_are_other_people_or_edits(adapter_loss):
     loss = adapter_loss(edited=0.0)
     codes = torch.randn(4, 12, 512)

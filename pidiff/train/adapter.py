@@ -90,7 +90,8 @@ class AdapterLoss(BaseLoss):
             if terms.dis:
                 negative = self.predict(task, self.negatives(task.w_plus, rng), task.id_scale)[0]
         output, maps = self.predict(task, task.w_plus, task.id_scale, self.held)
-        outside, someone, shown = 1 - task.masks, task.real.view(-1, 1, 1, 1), task.id_scale.view(-1, 1, 1, 1)
+        outside, someone = 1 - task.masks, task.real.view(-1, 1, 1, 1)
+        nobody = task.id_scale.view(-1, 1, 1, 1) - someone      # the null identity
         weight = (task.masks + terms.background_weight * outside) * self.weight(task)
         parts = {"rec": (weight * (output - task.target).square()).mean()}
 
@@ -98,9 +99,9 @@ class AdapterLoss(BaseLoss):
             return (where * (output - other).square()).mean()   # plain: a tint is in the few channels that vary most
 
         if terms.bg:
-            parts["bg"] = terms.bg * change(without, someone * outside + shown - someone)
+            parts["bg"] = terms.bg * change(without, someone * outside + nobody)
         if terms.preserve:
-            parts["preserve"] = terms.preserve * change(without, shown)
+            parts["preserve"] = terms.preserve * change(without, someone + nobody)
         if terms.id:
             parts["id"] = terms.id * self.identity_loss(task, output)
         if terms.dis:
