@@ -77,6 +77,7 @@ def test_clean_share_decodes_the_encoders_latents(mini, sampled):
     assert torch.isfinite(loss) and float(scalars["code"]) < 1
 
 
+@pytest.mark.slow
 def test_stage_changes_the_decoder_alone(people_folder, tmp_path):
     from safetensors.torch import load_file
     from pidiff.train.__main__ import main

@@ -71,7 +71,8 @@ LAYERS_OF_UNET = {
 }
 
 
-@pytest.mark.parametrize("layer, fp16", [*((n, False) for n in LAYERS_OF_UNET), ("mid_block.resnets.0.conv1", True)])
+@pytest.mark.parametrize("layer, fp16", [*((n, False) for n in LAYERS_OF_UNET),
+                                         pytest.param("mid_block.resnets.0.conv1", True, marks=pytest.mark.slow)])
 def test_the_layer_that_is_damaged_is_named(damaged, layer, fp16, monkeypatch):
     pipe, runs = damaged(layer, np.nan, fp16), []
     expected = f"latents must stay finite, got NaN or infinity at step 1 of {STEPS}: NaN comes first in {LAYERS_OF_UNET[layer]}: the model"

@@ -61,6 +61,7 @@ def test_the_teachers_path_is_the_samplers(trained, people):
     torch.testing.assert_close(landed, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_student_learns_the_teachers_steps(trained, people):
     """A student that begins as the teacher cannot do five guided steps in one; training brings it nearer."""
     torch.manual_seed(0)

@@ -201,12 +201,12 @@ def test_folded_equals_unfolded_and_the_unet_is_put_back(mode, size):
             assert not torch.allclose(other[0] if mode == "parallel" else other, outputs[0], atol=1e-4), name
 
 
-FORMS = [("standard", 18, False, "parallel")]
-SLOW_FORMS = [("fused", 23, True, "residual"), ("standard", 18, True, "residual"), ("standard", 23, True, "parallel"), ("fused", 23, False, "parallel"),
-              ("fused", 18, True, "residual"), ("fused", 18, False, "single")]
+FORMS = [("standard", 18, False, "parallel"), ("standard", 18, True, "residual"), ("standard", 23, True, "parallel"), ("fused", 23, True, "residual"),
+         ("fused", 23, False, "parallel"), ("fused", 18, True, "residual"), ("fused", 18, False, "single")]
 
 
-@pytest.mark.parametrize("attention, opset, fp16, mode", [*FORMS, *(pytest.param(*f, marks=pytest.mark.slow) for f in SLOW_FORMS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention, opset, fp16, mode", FORMS)
 def test_every_form_of_the_unet_agrees_with_pytorch_at_any_size(attention, opset, fp16, mode, tmp_path):
     dtype, form = torch.float16 if fp16 else torch.float32, Form(attention, opset)
     sizes = Sizes(free=True)

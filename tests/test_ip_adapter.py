@@ -157,7 +157,8 @@ def bundles(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "plus"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "plus"])
 def test_whole_pictures_in_onnx_runtime(bundles, monkeypatch, kind):
     """One person, two people in regions from a later step, nobody; not square; against PyTorch."""
     pair = Pair(bundles(kind))

@@ -88,6 +88,7 @@ def overflowing(tmp_path_factory):
     return folder / "bundle"
 
 
+@pytest.mark.slow
 def test_a_model_that_overflows_is_exported_with_layers_in_float32(overflowing):
     bundle = Bundle.open(overflowing)
     kept = bundle.manifest.float32_layers
@@ -104,6 +105,7 @@ def test_a_model_that_overflows_is_exported_with_layers_in_float32(overflowing):
     assert not any("mid_block" in c and c.endswith("proj_out.weight") for c in casts)
 
 
+@pytest.mark.slow
 def test_the_report_is_in_the_bundle_and_needs_no_other_file(overflowing):
     bundle = Bundle.open(overflowing)
     assert set(REPORTS) <= set(bundle.manifest.files)
@@ -131,6 +133,7 @@ def test_the_report_is_in_the_bundle_and_needs_no_other_file(overflowing):
     assert -1 <= figures["code_similarity_to_pytorch"] <= 1 and "no face-recognition score" in page
 
 
+@pytest.mark.slow
 def test_other_engines_are_measured_where_they_are(overflowing):
     pytest.importorskip("openvino")
     report = json.loads((overflowing / "report.json").read_text())

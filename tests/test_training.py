@@ -161,6 +161,7 @@ def test_encoder_and_mapper_train_together(trained, people_folder, tmp_path):
     assert torch.load(folder / ".state" / "encoder-with-mapper" / "state.pt", weights_only=True)["step"] == 2
 
 
+@pytest.mark.slow
 def test_autoencoder_draws_photos_better(people):
     from pidiff.config import ADAPTER_MINI, W_PLUS_MINI
     from pidiff.train.face import AutoencoderLoss, FaceAutoencoder
@@ -248,6 +249,7 @@ def test_likeness_compares_the_person_alone_by_the_encoders_features(trained, pe
     assert likeness_loss(model.w_plus_encoder, 1 - picture, picture, mask) > 0
 
 
+@pytest.mark.slow
 def test_sample_sheets_are_written(trained, people_folder, tmp_path):
     import cv2
     shutil.copytree(trained, tmp_path / "m", ignore=shutil.ignore_patterns(".state"))

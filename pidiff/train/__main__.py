@@ -11,6 +11,7 @@ from ..data.people import load_people
 from .adapter import AdapterOptions
 from .common import TrainConfig
 from .distill import DistillOptions
+from .localise import LocaliseOptions
 from .stages import NEED_EXACT_CODES, STAGES, picture_size
 
 DESCRIPTION = """\
@@ -25,6 +26,7 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train encoder --data DATA --model MODEL --with-mapper    both together, as an autoencoder of faces: more alike
   pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder and mapper)
   pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
+  pidiff-train localise --data DATA --model MODEL     identity inside the face's border: nobody's key alone, in closed form; once
   pidiff-train decoder --data DATA --model MODEL      VAE's decoder, on what the sampler makes: no seams; last
   pidiff-train distill --data DATA --model FEW --teacher MODEL    FEW/unet does in 4 steps without guidance what MODEL's does in 20 with it
   pidiff-export MODEL BUNDLE                          deployable bundle
@@ -37,12 +39,15 @@ accelerate launch --num_processes 2 --cpu -m pidiff.train base ... (gloo on CPUs
 The folder holds averaged weights in float16, as they are shipped; a stage that was stopped goes on, in float32, from
 MODEL/.state/STAGE/state.pt. Without that file it begins with the folder's weights, or from nothing."""
 
+LOCALISE_PICTURES = 400     # are enough for 25 batches
+
 PRESETS = {
     "vae": TrainConfig(steps=8000, batch_size=48, decay=0.6, ema_decay=0.99),
     "encoder": TrainConfig(steps=20000, batch_size=32, weight_decay=0.05, decay=0.6, ema_decay=0.998),
     "matting": TrainConfig(steps=3000, batch_size=16, learning_rate=2e-3, decay=0.6, ema_decay=0.99),
     "mapper": TrainConfig(steps=8000, batch_size=256, learning_rate=2e-3, decay=0.5, ema_decay=0.99),
     "base": TrainConfig(steps=60000, batch_size=16, decay=0.3, ema_decay=0.998),
+    "localise": TrainConfig(steps=25, batch_size=16),
     "decoder": TrainConfig(steps=2000, batch_size=16, matrix_learning_rate=0.002, learning_rate=2e-4, decay=0.6, ema_decay=0.99),
     "distill": TrainConfig(steps=3000, batch_size=16, matrix_learning_rate=0.005, learning_rate=2e-4, decay=0.7, ema_decay=0.99),
     "adapter": TrainConfig(steps=5000, batch_size=16, matrix_learning_rate=0.005, learning_rate=2e-4, decay=0.5, ema_decay=0.998),
@@ -77,12 +82,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         kind = float if f.name == "minutes" else type(f.default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help=f"default: {f.default} or the stage's preset")
     for options, what in ((AdapterOptions, "terms of the adapter stage's loss (0 switches one off)"),
-                          (DistillOptions, "what the distill stage imitates")):
+                          (LocaliseOptions, "how far the localise stage moves nobody's key"), (DistillOptions, "what the distill stage imitates")):
         group = parser.add_argument_group(what)
         for f in dataclasses.fields(options):
             group.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"default: {f.default}")
     args = parser.parse_args(argv)
-    args.terms, args.distill = _given(args, "adapter", AdapterOptions), _given(args, "distill", DistillOptions)
+    for stage, name, options in (("adapter", "terms", AdapterOptions), ("localise", "localise", LocaliseOptions), ("distill", "distill", DistillOptions)):
+        setattr(args, name, _given(args, stage, options))
+    if args.stage == "localise" and args.people_limit is None:
+        args.people_limit = LOCALISE_PICTURES
     if args.keep_mapper is False and args.stage != "adapter":
         raise ValueError(f"no-keep-mapper must be given to the adapter stage, got it for {args.stage}")
     if args.keep_mapper and args.stage not in ("base", "adapter"):

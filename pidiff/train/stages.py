@@ -21,7 +21,8 @@ from .samples import sample_sheet
 
 PRINCIPAL_DIRECTIONS = 6
 NEED_EXACT_CODES = ("encoder", "mapper")
-SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "mapper": 128, "base": 128, "adapter": 128, "decoder": 128, "distill": 128}
+SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "mapper": 128, "base": 128, "adapter": 128, "localise": 128, "decoder": 128,
+         "distill": 128}
 
 
 def _trainer(args, model, export, sample=None, name: str | None = None) -> Trainer:
@@ -263,6 +264,19 @@ def train_adapter(args, people: People) -> None:
     trainer.run(AdapterLoss(whole, people, args.config.batch_size, codes, terms=args.terms))
 
 
+def train_localise(args, people: People) -> None:
+    from .base import BaseLoss
+    from .localise import localise
+    whole, device = with_w_plus(load_model(args.model)), args.config.device
+    for module in (whole.unet, whole.text_encoder, whole.vae, whole.w_plus_encoder, whole.adapter):
+        module.to(device)
+    torch.manual_seed(args.config.seed)
+    loss = BaseLoss(whole, people, args.config.batch_size, encoder_codes(args, people))
+    errors = localise(loss, args.localise, args.config.steps, np.random.default_rng(args.config.seed))
+    save_weights(whole.adapter, args.model / "adapter" / "model.safetensors", torch.float16)
+    print(f"log-odds of nobody: {args.localise.log_odds:+g}, with an error of {100 * max(errors) ** 0.5:.0f} % of it in the worst layer")
+
+
 def train_decoder(args, people: People) -> None:
     from .base import encoder_bank
     from .decoder import DecoderLoss, DecoderOptions, finishing_error, sample_pairs
@@ -312,10 +326,10 @@ def picture_size(args) -> int:
     """Pixels of the pictures that a stage trains on; the adapter stage takes the base model's."""
     folder = args.teacher or args.model
     unet = folder / "unet" / "config.json"
-    if args.stage not in ("adapter", "distill") or not unet.is_file():
+    if args.stage not in ("adapter", "localise", "distill") or not unet.is_file():
         return SIZES[args.stage]
     return json.loads(unet.read_text())["sample_size"] * scale_factor(load_vae(folder / "vae"))
 
 
 STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "mapper": train_mapper, "base": train_base, "adapter": train_adapter,
-          "decoder": train_decoder, "distill": train_distill}
+          "localise": train_localise, "decoder": train_decoder, "distill": train_distill}
