@@ -53,6 +53,7 @@ def test_pairs_hold_the_picture_in_the_latents(mini, sampled):
     assert 0.001 * other < own < 0.5 * other
 
 
+@pytest.mark.slow
 def test_decoder_learns_to_finish(mini, sampled):
     import copy
     vae = copy.deepcopy(mini.vae)

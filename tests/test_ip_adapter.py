@@ -174,6 +174,7 @@ def test_whole_pictures_in_onnx_runtime(bundles, monkeypatch, kind):
     np.testing.assert_array_equal(off, compare(pair, monkeypatch, [], **options))
 
 
+@pytest.mark.slow
 def test_a_photo_gives_the_picture_of_diffusers_pipeline(bundles, tmp_path_factory):
     """From the face to the picture, guided: load_ip_adapter's UNet, transformers' image encoder, diffusers' loop."""
     from diffusers import StableDiffusionPipeline
@@ -199,6 +200,7 @@ def test_a_photo_gives_the_picture_of_diffusers_pipeline(bundles, tmp_path_facto
     assert np.abs(images[0] - 255 * expected).max() < 1.5 and np.abs(images[1] - 255 * expected).max() > 3
 
 
+@pytest.mark.slow
 def test_a_photo_becomes_a_small_file(bundles, tmp_path):
     """The runtime's code of a face is PyTorch's; what only W+ codes can do is refused."""
     pipe, model = Pipeline.from_bundle(bundles("plus"), threads=1), load_model(bundles("plus"))
@@ -222,6 +224,7 @@ def test_a_photo_becomes_a_small_file(bundles, tmp_path):
             call()
 
 
+@pytest.mark.slow
 def test_a_bundle_is_a_model_again(bundles):
     """What a second export reads from the bundle is what the first one wrote."""
     source, model = Source(bundles("plus")), load_model(bundles("plus"))
