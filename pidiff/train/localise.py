@@ -59,7 +59,5 @@ def localise(loss: BaseLoss, options: LocaliseOptions, steps: int, rng: np.rando
     for layer, (total, square, count) in zip(adapter.layers, sums):
         delta = constant_shift(total, square, count)
         layer.k_null += (options.log_odds * delta).flatten().to(layer.k_null)
-        reached = (total / count * delta).sum(-1), torch.einsum("hd,hde,he->h", delta, square / count, delta)
-        width = delta.shape[-1]
-        errors.append(float((1 - 2 * reached[0] / width ** 0.5 + reached[1] / width).mean()))
+        errors.append(float((1 - (total / count * delta).sum(-1) / delta.shape[-1] ** 0.5).mean()))     # of least squares
     return errors
