@@ -37,7 +37,7 @@ def total_memory() -> int:
 GROUPS = {
     **({"large exports": ("export_sd15",), "large training": ("train_sd15",)} if total_memory() >= 21 << 30 else {"large": ("export_sd15", "train_sd15")}),
     "exports": ("export", "parity", "export_source", "ip_adapter", "quantize", "diagnosis"),
-    "trained": ("training", "adapter_stage", "localise", "distill", "gpu_train"),
+    "trained": ("training", "adapter_stage", "localise", "isolate", "distill", "gpu_train"),
 }
 
 

@@ -85,6 +85,7 @@ def test_the_layer_that_is_damaged_is_named(damaged, layer, fp16, monkeypatch):
     assert len(runs) == 2 and max(runs) < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["up_blocks.1.attentions.1.proj_out", "down_blocks.0.resnets.0.conv2"])
 def test_the_layer_that_overflows_in_float16_is_named(damaged, layer, monkeypatch):
     """A GPU that computes in float16 has failed; the processor computes wider, and must still find the number that float16 has not."""

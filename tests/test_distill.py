@@ -104,7 +104,7 @@ def test_the_stage_changes_the_unet_alone(trained, people_folder, tmp_path, caps
     (["distill"], "teacher must be another model folder than model, got None"),
     (["distill", "--few-steps", "0"], "few_steps must be at least 1, got 0"),
     (["base", "--few-steps", "4"], "--few-steps must be given to the distill stage, got it for base"),
-    (["base", "--teacher", "x"], "teacher must be given to the distill stage, got it for base")])
+    (["base", "--teacher", "x"], "teacher must be given to the distill or isolate stage, got it for base")])
 def test_wrong_use_is_one_sentence(arguments, sentence, people_folder, tmp_path, capsys):
     assert main([*arguments, "--data", str(people_folder), "--model", str(tmp_path / "m")]) == 1
     assert capsys.readouterr().err == f"pidiff-train: {sentence}\n"

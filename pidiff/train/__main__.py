@@ -11,6 +11,7 @@ from ..data.people import load_people
 from .adapter import AdapterOptions
 from .common import TrainConfig
 from .distill import DistillOptions
+from .isolate import IsolateOptions
 from .localise import LocaliseOptions
 from .stages import NEED_EXACT_CODES, STAGES, picture_size
 
@@ -26,6 +27,7 @@ Train one stage of a PIDiff model. All stages share one model folder:
   pidiff-train encoder --data DATA --model MODEL --with-mapper    both together, as an autoencoder of faces: more alike
   pidiff-train base    --data DATA --model MODEL      UNet, text, identity (needs vae; uses encoder and mapper)
   pidiff-train adapter --data DATA --model MODEL      identity branch only: localised, background kept, the rest frozen
+  pidiff-train isolate --data DATA --model NEW --teacher MODEL    NEW/unet as MODEL's, but a background does not depend on the face before it
   pidiff-train localise --data DATA --model MODEL     identity inside the face's border: nobody's key alone, in closed form; once
   pidiff-train decoder --data DATA --model MODEL      VAE's decoder, on what the sampler makes: no seams; last
   pidiff-train distill --data DATA --model FEW --teacher MODEL    FEW/unet does in 4 steps without guidance what MODEL's does in 20 with it
@@ -47,6 +49,7 @@ PRESETS = {
     "matting": TrainConfig(steps=3000, batch_size=16, learning_rate=2e-3, decay=0.6, ema_decay=0.99),
     "mapper": TrainConfig(steps=8000, batch_size=256, learning_rate=2e-3, decay=0.5, ema_decay=0.99),
     "base": TrainConfig(steps=60000, batch_size=16, decay=0.3, ema_decay=0.998),
+    "isolate": TrainConfig(steps=800, batch_size=16, matrix_learning_rate=0.002, learning_rate=1e-4, decay=0.8, ema_decay=0.99),
     "localise": TrainConfig(steps=25, batch_size=16),
     "decoder": TrainConfig(steps=2000, batch_size=16, matrix_learning_rate=0.002, learning_rate=2e-4, decay=0.6, ema_decay=0.99),
     "distill": TrainConfig(steps=3000, batch_size=16, matrix_learning_rate=0.005, learning_rate=2e-4, decay=0.7, ema_decay=0.99),
@@ -76,18 +79,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="adapter stage: begin with an untrained adapter: ours, W+ Adapter's form, IP-Adapter's form")
     parser.add_argument("--encoder", type=Path, help="adapter stage: published e4e file, kept as MODEL/w_plus_encoder")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="adapter stage: less memory, a third slower")
-    parser.add_argument("--teacher", type=Path, help="distill stage: the model that MODEL shall imitate, and begins as")
+    parser.add_argument("--teacher", type=Path, help="distill and isolate stages: the model that MODEL shall imitate, and begins as")
     parser.add_argument("--people-limit", type=int, help="use only so many pictures (for trials)")
     for f in dataclasses.fields(TrainConfig):
         kind = float if f.name == "minutes" else type(f.default)
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help=f"default: {f.default} or the stage's preset")
     for options, what in ((AdapterOptions, "terms of the adapter stage's loss (0 switches one off)"),
+                          (IsolateOptions, "how the isolate stage parts face and background"),
                           (LocaliseOptions, "how far the localise stage moves nobody's key"), (DistillOptions, "what the distill stage imitates")):
         group = parser.add_argument_group(what)
         for f in dataclasses.fields(options):
             group.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"default: {f.default}")
     args = parser.parse_args(argv)
-    for stage, name, options in (("adapter", "terms", AdapterOptions), ("localise", "localise", LocaliseOptions), ("distill", "distill", DistillOptions)):
+    for stage, name, options in (("adapter", "terms", AdapterOptions), ("isolate", "isolate", IsolateOptions),
+                                 ("localise", "localise", LocaliseOptions), ("distill", "distill", DistillOptions)):
         setattr(args, name, _given(args, stage, options))
     if args.stage == "localise" and args.people_limit is None:
         args.people_limit = LOCALISE_PICTURES
@@ -101,8 +106,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.keep_mapper = args.stage == "adapter" and args.new_adapter is None
     if args.with_mapper and args.stage != "encoder":
         raise ValueError(f"with-mapper must be given to the encoder stage, got it for {args.stage}")
-    if args.teacher is not None and args.stage != "distill":
-        raise ValueError(f"teacher must be given to the distill stage, got it for {args.stage}")
+    if args.teacher is not None and args.stage not in ("distill", "isolate"):
+        raise ValueError(f"teacher must be given to the distill or isolate stage, got it for {args.stage}")
     if args.likeness and args.stage != "base" or not 0 <= args.likeness < float("inf"):
         raise ValueError(f"likeness must be at least 0, and given to the base stage only, got {args.likeness} for {args.stage}")
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if getattr(args, f.name) is not None}

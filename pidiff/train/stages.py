@@ -20,9 +20,9 @@ from .common import Trainer, to_tensor
 from .samples import sample_sheet
 
 PRINCIPAL_DIRECTIONS = 6
-NEED_EXACT_CODES = ("encoder", "mapper")
-SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "mapper": 128, "base": 128, "adapter": 128, "localise": 128, "decoder": 128,
-         "distill": 128}
+NEED_EXACT_CODES = ("encoder", "mapper", "isolate")
+SIZES = {"vae": 128, "encoder": W_PLUS_MINI.input_size, "matting": 128, "mapper": 128, "base": 128, "adapter": 128, "isolate": 128, "localise": 128,
+         "decoder": 128, "distill": 128}
 
 
 def _trainer(args, model, export, sample=None, name: str | None = None) -> Trainer:
@@ -299,9 +299,8 @@ def train_decoder(args, people: People) -> None:
     print(f"held-out error after: {finishing_error(trainer.ema, held_out):.2f} of 255")
 
 
-def train_distill(args, people: People) -> None:
+def _begin_student(args) -> tuple[Model, Model, Trainer]:
     """MODEL becomes a copy of the teacher with another UNet: the adapter stays, and with it who was enrolled and tuned."""
-    from .distill import DistillLoss
     if args.teacher is None or args.teacher.resolve() == args.model.resolve():
         raise ValueError(f"teacher must be another model folder than model, got {args.teacher}")
     file = args.model / "unet" / "diffusion_pytorch_model.safetensors"
@@ -317,19 +316,30 @@ def train_distill(args, people: People) -> None:
             ema.save_config(file.parent)
         save_weights(ema, file, torch.float16)
 
-    trainer = _trainer(args, student.unet, export)
+    return student, teacher, _trainer(args, student.unet, export)
+
+
+def train_distill(args, people: People) -> None:
+    from .distill import DistillLoss
+    student, teacher, trainer = _begin_student(args)
     trainer.run(DistillLoss(student, teacher, people, args.config.batch_size, encoder_codes(args, people, args.teacher), args.distill))
     print(f"export it with: pidiff-export {args.model} BUNDLE --solver ddim --steps {args.distill.few_steps} --guidance-scale 1")
+
+
+def train_isolate(args, people: People) -> None:
+    from .isolate import IsolateLoss
+    student, teacher, trainer = _begin_student(args)
+    trainer.run(IsolateLoss(student, teacher, people, args.config.batch_size, encoder_codes(args, people, args.teacher), args.isolate))
 
 
 def picture_size(args) -> int:
     """Pixels of the pictures that a stage trains on; the adapter stage takes the base model's."""
     folder = args.teacher or args.model
     unet = folder / "unet" / "config.json"
-    if args.stage not in ("adapter", "localise", "distill") or not unet.is_file():
+    if args.stage not in ("adapter", "localise", "isolate", "distill") or not unet.is_file():
         return SIZES[args.stage]
     return json.loads(unet.read_text())["sample_size"] * scale_factor(load_vae(folder / "vae"))
 
 
 STAGES = {"vae": train_vae, "encoder": train_encoder, "matting": train_matting, "mapper": train_mapper, "base": train_base, "adapter": train_adapter,
-          "localise": train_localise, "decoder": train_decoder, "distill": train_distill}
+          "isolate": train_isolate, "localise": train_localise, "decoder": train_decoder, "distill": train_distill}
