@@ -70,7 +70,7 @@ def test_the_loss_is_its_formula(large, teacher):
         squares += float((pixels.square().mean(0) * behind[i, 0]).sum())
         count += float(behind[i].sum())
     assert float(scalars["dependence"]) == pytest.approx(squares / count, rel=1e-3) and squares > 0
-    assert float(scalars["kept"]) < 1e-8 and float(total) == pytest.approx(50 * squares / count, rel=1e-3)
+    assert float(scalars["kept"]) < 1e-8 and float(total) == pytest.approx(15 * squares / count, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ The identity branch can leave the background alone, and the picture still change
 latents, and normalisation and self-attention carry that everywhere, most where noise hides the background's own colour. Here two people stand
 before one background, in the same noise, and the UNet shall say the same of what is behind them (ours; no source):
 
-    L = mean( |v_hat - v_teacher|^2 / var )                                             nothing else changes
+    L = mean( (M + b (1 - M)) |v_hat - v_teacher|^2 / var )                             the person stays as it was
         + isolation mean( (1 - M) |P (x0_hat - x0_hat')|^2 ) / max(sigma, 0.3)^2
 
 x0_hat is the prediction without noise, P the autoencoder's linear part, which takes it to pixels, M both people's mask, sigma^2 = 1 -
@@ -31,7 +31,8 @@ LEAST_SIGMA = 0.3
 
 @dataclass(frozen=True)
 class IsolateOptions:
-    isolation: float = 50.0
+    isolation: float = 15.0
+    behind_weight: float = 0.1      # b: the teacher's background depends on the face, so it cannot be kept
     log_sigma: float = 0.8              # mean of the noise's log sigma = log(noise / signal), deviation 1.5
     second_off: float = 0.5             # share of second people whose identity is off
     unguided: float = 0.25              # share of pairs as the unconditional half of guidance is: no text, nobody's identity
@@ -39,6 +40,8 @@ class IsolateOptions:
     def __post_init__(self):
         if not 0 <= self.isolation < float("inf"):
             raise ValueError(f"isolation must be at least 0, got {self.isolation}")
+        if not 0 <= self.behind_weight < float("inf"):
+            raise ValueError(f"behind_weight must be at least 0, got {self.behind_weight}")
         if not -5 <= self.log_sigma <= 5:
             raise ValueError(f"log_sigma must be in [-5, 5], got {self.log_sigma}")
         for name in ("second_off", "unguided"):
@@ -100,7 +103,8 @@ class IsolateLoss(BaseLoss):
         first = slice(len(behind))
         with torch.no_grad(), self.teacher.adapter.condition(self.teacher.adapter.mapper(task.w_plus[first]), task.id_scale[first]):
             target = self.teacher.unet(task.noisy[first], task.timesteps[first], task.prompt_embeds[first]).sample.float()
-        kept = ((output[first] - target).square() * self.weight(task)[first] * self.window).mean()
+        where = task.masks[first] + self.isolate.behind_weight * (1 - task.masks[first])
+        kept = (where * (output[first] - target).square() * self.weight(task)[first] * self.window).mean()
         dependence = self.dependence(task, output, behind)
         return kept + self.isolate.isolation * dependence, {"kept": kept.detach(), "dependence": dependence.detach()}
 
