@@ -32,16 +32,15 @@ LEAST_SIGMA = 0.3
 @dataclass(frozen=True)
 class IsolateOptions:
     isolation: float = 15.0
-    behind_weight: float = 0.1      # b: the teacher's background depends on the face, so it cannot be kept
+    behind_weight: float = 0.1          # b: the teacher's background depends on the face, so it cannot be kept
     log_sigma: float = 0.8              # mean of the noise's log sigma = log(noise / signal), deviation 1.5
     second_off: float = 0.5             # share of second people whose identity is off
     unguided: float = 0.25              # share of pairs as the unconditional half of guidance is: no text, nobody's identity
 
     def __post_init__(self):
-        if not 0 <= self.isolation < float("inf"):
-            raise ValueError(f"isolation must be at least 0, got {self.isolation}")
-        if not 0 <= self.behind_weight < float("inf"):
-            raise ValueError(f"behind_weight must be at least 0, got {self.behind_weight}")
+        for name in ("isolation", "behind_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not -5 <= self.log_sigma <= 5:
             raise ValueError(f"log_sigma must be in [-5, 5], got {self.log_sigma}")
         for name in ("second_off", "unguided"):
