@@ -168,6 +168,13 @@ def with_w_plus(model: Model) -> Model:
     return model
 
 
+def save_diffusers_config(module, folder: Path) -> None:
+    """config.json of a diffusers module, without the folder that it came from."""
+    config = {k: v for k, v in json.loads(module.to_json_string()).items() if k != "_name_or_path"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a model folder that `load_model` reads; weights in `dtype` (float16 for what is shipped)."""
     folder = Path(folder)
@@ -177,7 +184,7 @@ def save_model(model: Model, folder: Path, dtype: torch.dtype | None = None) -> 
         if isinstance(module, PatchAutoencoder):
             save_config(module.config, part / "config.json")
         elif hasattr(module, "save_config"):
-            module.save_config(part)
+            save_diffusers_config(module, part)
         else:
             module.config.save_pretrained(part)
         save_weights(module, part / ("model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"), dtype)

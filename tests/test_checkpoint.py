@@ -125,3 +125,15 @@ def test_weights_round_trip_in_half_precision(tmp_path):
 def test_configurations_refuse_unknown_keys():
     with pytest.raises(ValueError, match="got sise"):
         from_dict(WPlusEncoderConfig, {"sise": 3})
+
+
+def test_a_saved_model_does_not_say_where_it_came_from(tmp_path):
+    pytest.importorskip("diffusers")
+    from pidiff.model import load_model, save_model, shipped_mini
+
+    model = load_model(shipped_mini())
+    save_model(model, tmp_path / "copy", torch.float16)
+    assert (tmp_path / "copy/unet/config.json").read_bytes() == (shipped_mini() / "unet/config.json").read_bytes()
+    for file in (tmp_path / "copy").rglob("*.json"):
+        assert str(shipped_mini()) not in file.read_text(), file
+    assert load_model(tmp_path / "copy").unet.config.sample_size == model.unet.config.sample_size

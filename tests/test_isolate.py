@@ -104,6 +104,7 @@ def test_the_stage_changes_the_unet_alone(trained, people_folder, tmp_path):
     before = (trained / file).read_bytes()
     assert main(["isolate", "--data", str(people_folder), "--model", str(new), "--teacher", str(trained), "--batch-size", "2", "--steps", "2"]) == 0
     assert (trained / file).read_bytes() == before
+    assert (new / "unet/config.json").read_bytes() == (trained / "unet/config.json").read_bytes()
     for part in ("adapter", "text_encoder", "w_plus_encoder"):
         assert (new / part / "model.safetensors").read_bytes() == (trained / part / "model.safetensors").read_bytes()
     assert not torch.equal(load_file(trained / file)["conv_in.weight"], load_file(new / file)["conv_in.weight"])

@@ -26,7 +26,7 @@ from ..config import ADAPTER_MINI, save_config
 from ..data.factors import EXPRESSIONS, caption
 from ..data.people import People, compose
 from ..identity import IdentityAdapter
-from ..model import MINI_SCHEDULER, MINI_TEXT, Model, mini_text_encoder, mini_unet
+from ..model import MINI_SCHEDULER, MINI_TEXT, Model, mini_text_encoder, mini_unet, save_diffusers_config
 from ..sampling import make_scheduler, tokenize
 from ..tokenizer import build_tokenizer
 from ..unet import attach
@@ -290,7 +290,7 @@ def build_base(folder: Path, latent_avg: np.ndarray) -> tuple[BaseModel, object]
 
 def save_base(model: BaseModel, folder: Path) -> None:
     """Write unet/, text_encoder/, adapter/ and scheduler/ of the model folder."""
-    model.unet.save_config(folder / "unet")
+    save_diffusers_config(model.unet, folder / "unet")
     save_weights(model.unet, folder / "unet" / "diffusion_pytorch_model.safetensors", torch.float16)
     model.text_encoder.config.save_pretrained(folder / "text_encoder")
     save_weights(model.text_encoder, folder / "text_encoder" / "model.safetensors", torch.float16)

@@ -266,8 +266,9 @@ def train_adapter(args, people: People) -> None:
 
 def train_localise(args, people: People) -> None:
     from .base import BaseLoss
-    from .localise import localise
+    from .localise import check_null_key, localise
     whole, device = with_w_plus(load_model(args.model)), args.config.device
+    check_null_key(whole.adapter)           # before the encoder reads every picture
     for module in (whole.unet, whole.text_encoder, whole.vae, whole.w_plus_encoder, whole.adapter):
         module.to(device)
     torch.manual_seed(args.config.seed)
@@ -313,7 +314,8 @@ def _begin_student(args) -> tuple[Model, Model, Trainer]:
         if not file.is_file():              # which comes last
             shutil.copytree(args.teacher, args.model, dirs_exist_ok=True,
                             ignore=shutil.ignore_patterns(".state", "unet", "*.onnx", "manifest.json", "report.*"))
-            ema.save_config(file.parent)
+            file.parent.mkdir(exist_ok=True)
+            shutil.copy(args.teacher / "unet" / "config.json", file.parent)
         save_weights(ema, file, torch.float16)
 
     return student, teacher, _trainer(args, student.unet, export)
@@ -327,8 +329,9 @@ def train_distill(args, people: People) -> None:
 
 
 def train_isolate(args, people: People) -> None:
-    from .isolate import IsolateLoss
+    from .isolate import IsolateLoss, check_autoencoder
     student, teacher, trainer = _begin_student(args)
+    check_autoencoder(student)              # before the encoder reads every picture
     trainer.run(IsolateLoss(student, teacher, people, args.config.batch_size, encoder_codes(args, people, args.teacher), args.isolate))
 
 
