@@ -86,6 +86,17 @@ def people(people_folder):
 
 
 @pytest.fixture(scope="session")
+def large_people(people):
+    """The same at mini's 128 px."""
+    from dataclasses import replace
+
+    import cv2
+
+    images, masks = (np.stack([cv2.resize(x, (128, 128)) for x in some]) for some in (people.images, people.masks))
+    return replace(people, images=images, masks=masks)
+
+
+@pytest.fixture(scope="session")
 def trained(people_folder, tmp_path_factory: pytest.TempPathFactory):
     """A model folder after two steps of every stage. Copy it before training it further."""
     pytest.importorskip("torch")

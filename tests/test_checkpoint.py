@@ -133,7 +133,6 @@ def test_a_saved_model_does_not_say_where_it_came_from(tmp_path):
 
     model = load_model(shipped_mini())
     save_model(model, tmp_path / "copy", torch.float16)
-    assert (tmp_path / "copy/unet/config.json").read_bytes() == (shipped_mini() / "unet/config.json").read_bytes()
     for file in (tmp_path / "copy").rglob("*.json"):
         assert str(shipped_mini()) not in file.read_text(), file
     assert load_model(tmp_path / "copy").unet.config.sample_size == model.unet.config.sample_size

@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 
-import cv2
 import numpy as np
 import pytest
 
@@ -11,18 +10,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from safetensors.torch import load_file
+from tiny_model import shared
 
 from pidiff.model import load_model, shipped_mini
+from pidiff.train import stages
 from pidiff.train.__main__ import main
 from pidiff.train.base import clean_latents
 from pidiff.train.isolate import LEAST_SIGMA, IsolateLoss, IsolateOptions
 from pidiff.unet import set_processors
-
-
-@pytest.fixture(scope="module")
-def large(people):
-    return replace(people, images=np.stack([cv2.resize(x, (128, 128)) for x in people.images]),
-                   masks=np.stack([cv2.resize(x, (128, 128)) for x in people.masks]))
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +28,9 @@ def teacher():
     return model
 
 
-def test_two_people_stand_before_one_background(large, teacher):
+def test_two_people_stand_before_one_background(large_people, teacher):
     """Pictures of a pair agree where neither is, and only there; those that keep their own backgrounds count nowhere."""
-    loss = IsolateLoss(teacher, teacher, large, 24)
+    loss = IsolateLoss(teacher, teacher, large_people, 24)
     images, behind, ids, w_plus, id_scale = loss.prepare(np.random.default_rng(0))
     change = (images[:24].float() - images[24:].float()).abs().mean(-1)
     counted = behind.flatten(1).any(1)
@@ -45,17 +40,17 @@ def test_two_people_stand_before_one_background(large, teacher):
     assert 2 <= (~someone[:24] & ~someone[24:]).sum() <= 12
     assert np.mean([float(change[i][~behind[i]].mean()) for i in range(24) if counted[i]]) > 10
     assert (id_scale[24:] == 0).sum() > (id_scale[:24] == 0).sum()
-    unguided = IsolateLoss(teacher, teacher, large, 4, options=IsolateOptions(unguided=1.0, second_off=0.0)).prepare(np.random.default_rng(0))
+    unguided = IsolateLoss(teacher, teacher, large_people, 4, options=IsolateOptions(unguided=1.0, second_off=0.0)).prepare(np.random.default_rng(0))
     assert (unguided[2] == unguided[2][0]).all() and not unguided[3].any() and (unguided[4] == 1).all()
 
 
-def test_the_loss_is_its_formula(large, teacher):
+def test_the_loss_is_its_formula(large_people, teacher):
     """By hand for every pair, of a teacher that answers half as much again."""
     louder = replace(teacher, unet=copy.deepcopy(teacher.unet), adapter=copy.deepcopy(teacher.adapter))
     set_processors(louder.unet, louder.adapter)
     for p in louder.unet.conv_out.parameters():
         p.mul_(1.5)
-    loss = IsolateLoss(teacher, louder, large, 6)
+    loss = IsolateLoss(teacher, louder, large_people, 6)
     batch = loss.prepare(np.random.default_rng(1))
     torch.manual_seed(0)
     total, scalars = loss(None, batch)
@@ -79,14 +74,14 @@ def test_the_loss_is_its_formula(large, teacher):
 
 
 @pytest.mark.slow
-def test_the_background_learns_to_ignore_the_face(large, teacher):
+def test_the_background_learns_to_ignore_the_face(large_people, teacher):
     """Without the term it depends on the face as before."""
     found = {}
     for isolation in (0.0, 50.0):
         student = replace(teacher, unet=copy.deepcopy(teacher.unet).requires_grad_(True), adapter=copy.deepcopy(teacher.adapter))
         set_processors(student.unet, student.adapter)
         torch.manual_seed(0)
-        loss = IsolateLoss(student, teacher, large, 4, options=IsolateOptions(isolation=isolation))
+        loss = IsolateLoss(student, teacher, large_people, 4, options=IsolateOptions(isolation=isolation))
         optimizer, rng = torch.optim.Adam(student.unet.parameters(), 3e-4), np.random.default_rng(0)
         for _ in range(20):
             optimizer.zero_grad()
@@ -119,3 +114,11 @@ def test_the_stage_changes_the_unet_alone(trained, people_folder, tmp_path):
 def test_wrong_use_is_one_sentence(arguments, sentence, people_folder, tmp_path, capsys):
     assert main([*arguments, "--data", str(people_folder), "--model", str(tmp_path / "m")]) == 1
     assert capsys.readouterr().err == f"pidiff-train: {sentence}\n"
+
+
+def test_another_autoencoder_is_refused_before_the_encoder_reads_every_picture(people_folder, tmp_path, tmp_path_factory, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "encoder_codes", None)
+    teacher, new = shared("residual", tmp_path_factory), tmp_path / "new"
+    assert main(["isolate", "--data", str(people_folder), "--model", str(new), "--teacher", str(teacher), "--steps", "1"]) == 1
+    assert capsys.readouterr().err.endswith("pidiff-train: teacher must have the autoencoder of mini, got AutoencoderKL\n")
+    assert not (new / "unet").exists()

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autoencoder import PatchAutoencoder
 from ..data.factors import caption
 from ..data.people import People, compose
 from ..model import Model
@@ -48,19 +47,12 @@ class IsolateOptions:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
-def check_autoencoder(model: Model) -> None:
-    """ValueError for a model whose latents have no linear way to pixels."""
-    if not isinstance(model.vae, PatchAutoencoder):
-        raise ValueError(f"model must have the autoencoder of mini, got {type(model.vae).__name__}")
-
-
 class IsolateLoss(BaseLoss):
-    """See the module docstring. model and teacher differ in their UNets' weights; rows [first people..., second people...]."""
+    """See the module docstring. model and teacher differ in their UNets' weights, and have a PatchAutoencoder; rows [first people..., second people...]."""
 
     def __init__(self, model: Model, teacher: Model, people: People, batch_size: int, codes: EncoderCodes | None = None,
                  options: IsolateOptions = IsolateOptions()):
         super().__init__(model, people, batch_size, codes)
-        check_autoencoder(model)
         self.teacher, self.isolate = teacher, options
 
     def prepare(self, rng: np.random.Generator) -> tuple[Tensor, ...]:

@@ -39,18 +39,11 @@ def constant_shift(total: Tensor, square: Tensor, count: int) -> Tensor:
     return torch.linalg.solve(second + ridge[:, None, None] * torch.eye(width, dtype=second.dtype, device=second.device), mean) * width ** 0.5
 
 
-def check_null_key(adapter: IdentityAdapter) -> None:
-    """ValueError for an adapter that this stage cannot work on."""
-    if not adapter.config.has_null:
-        raise ValueError("model must have an adapter with a null key (ours), got one without")
-
-
 @torch.no_grad()
 def localise(loss: BaseLoss, options: LocaliseOptions, steps: int, rng: np.random.Generator) -> list[float]:
-    """Shift every `k_null` of the loss's adapter, by the queries of so many batches. Returns by layer what the mean square error
+    """Shift every `k_null` of the loss's adapter, which must have it, by the queries of so many batches. Returns by layer what the mean square error
     of the constant is, as a part of b^2."""
     adapter: IdentityAdapter = loss.model.adapter
-    check_null_key(adapter)
     probe, sums = AttentionProbe(adapter), [[0.0, 0.0, 0] for _ in adapter.layers]
     for _ in tqdm(range(steps), desc="localise", disable=None):
         task = loss.draw(rng)

@@ -266,9 +266,10 @@ def train_adapter(args, people: People) -> None:
 
 def train_localise(args, people: People) -> None:
     from .base import BaseLoss
-    from .localise import check_null_key, localise
+    from .localise import localise
     whole, device = with_w_plus(load_model(args.model)), args.config.device
-    check_null_key(whole.adapter)           # before the encoder reads every picture
+    if not whole.adapter.config.has_null:
+        raise ValueError("model must have an adapter with a null key (ours), got one without")
     for module in (whole.unet, whole.text_encoder, whole.vae, whole.w_plus_encoder, whole.adapter):
         module.to(device)
     torch.manual_seed(args.config.seed)
@@ -329,9 +330,11 @@ def train_distill(args, people: People) -> None:
 
 
 def train_isolate(args, people: People) -> None:
-    from .isolate import IsolateLoss, check_autoencoder
+    from ..autoencoder import PatchAutoencoder
+    from .isolate import IsolateLoss
     student, teacher, trainer = _begin_student(args)
-    check_autoencoder(student)              # before the encoder reads every picture
+    if not isinstance(student.vae, PatchAutoencoder):       # whose latents have a linear way to pixels
+        raise ValueError(f"teacher must have the autoencoder of mini, got {type(student.vae).__name__}")
     trainer.run(IsolateLoss(student, teacher, people, args.config.batch_size, encoder_codes(args, people, args.teacher), args.isolate))
 
 
