@@ -45,18 +45,21 @@ def _identity_attention(node):
     x, a, v_id, mask, scale = (node.get_input(i) for i in range(3, 8))
     h = _text_attention(node)
     y = h if node.get_attribute("residual") else x
-    logits = _reshape(ops.matmul(ops.unsqueeze(y, _ints(1)), a, False, False), 0, 0, 0, heads, -1)   # [B,P,S,H,T']
-    p = ops.softmax(ops.convert(logits, "f32"), -1)
+    # Positions come last, so that what is done to each of the few tokens is done to many positions at once.
+    logits = ops.unsqueeze(ops.matmul(a, ops.unsqueeze(y, _ints(1)), True, True), _ints(2))           # [B,P,1,H*T',S]
+    p = ops.softmax(ops.convert(_reshape(logits, 0, 0, heads, -1, 0), "f32"), 3)                      # [B,P,H,T',S]
     if has_null:
-        p = ops.slice(p, _ints(0), _ints(-1), _ints(1), _ints(-1))  # the null key, last, gives nothing
-    p = ops.transpose(ops.convert_like(p, y), _ints(0, 1, 3, 2, 4))                                  # [B,P,H,S,T]
-    v_id = ops.transpose(_reshape(v_id, 0, 0, 0, heads, -1), _ints(0, 1, 3, 2, 4))                   # [B,P,H,T,d]
-    mix = ops.transpose(ops.matmul(p, v_id, False, False), _ints(0, 1, 3, 2, 4))
-    mix = ops.multiply(_reshape(mix, 0, 0, 0, -1), ops.unsqueeze(mask, _ints(-1)))                   # [B,P,S,C]
-    mix = ops.multiply(ops.reduce_sum(mix, _ints(1), False), ops.unsqueeze(scale, _ints(1, 2)))
-    mass = ops.reduce_mean(ops.reduce_sum(p, _ints(-1), False), _ints(2), False)
+        p = ops.slice(p, _ints(0), _ints(-1), _ints(1), _ints(3))   # the null key, last, gives nothing
+    p = ops.convert_like(p, y)
+    mass = ops.reduce_mean(ops.reduce_sum(p, _ints(3), False), _ints(2), False)
     if not has_null:
         mass = ops.multiply(mass, ops.convert_like(ops.constant(0.0), mass))
+    p = ops.multiply(p, ops.unsqueeze(ops.multiply(mask, ops.unsqueeze(scale, _ints(1, 2))), _ints(2, 3)))
+    # All people's tokens in a row: the product with their values is the sum over people.
+    p = _reshape(ops.transpose(p, _ints(0, 2, 1, 3, 4)), 0, 0, 1, -1, 0)                              # [B,H,1,P*T,S]
+    v_id = ops.transpose(_reshape(v_id, 0, 0, 0, heads, -1), _ints(0, 3, 1, 2, 4))                    # [B,H,P,T,d]
+    mix = ops.matmul(p, _reshape(v_id, 0, 0, 1, -1, 0), True, False)                                  # [B,H,1,S,d]
+    mix = _reshape(ops.transpose(ops.squeeze(mix, _ints(2)), _ints(0, 2, 1, 3)), 0, 0, -1)            # [B,S,C]
     return [ops.add(h, mix).output(0), mass.output(0)]
 
 

@@ -101,7 +101,7 @@ def _rounded(array):
 
 def _key(path, version):
     """Return a name that changes with the graph, the files of its weights, and what rewrote it."""
-    data, digest = Path(path).read_bytes(), hashlib.sha256(f"1 {version}".encode())
+    data, digest = Path(path).read_bytes(), hashlib.sha256(f"2 {version}".encode())
     digest.update(data)
     for name in external_files(data):
         found = os.stat(Path(path).parent / name)
