@@ -152,5 +152,7 @@ class Denoiser:
         if self._bound.get(engine) == part:
             return
         names = [spec.name for spec in (*engine.inputs(), *engine.outputs())]
+        if hasattr(engine, "copies"):
+            engine.copies = (part[1] - part[0]) // self._conditions.batch or 1
         engine.bind({n: self._buffers[n] if n == "time_row" else self._buffers[n][slice(*part)] for n in names}, CONSTANT)
         self._bound[engine] = part

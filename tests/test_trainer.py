@@ -1,6 +1,7 @@
 """The trainer: exact resume, several processes, accumulated passes, averaging, and the Muon optimiser."""
 
 import os
+import socket
 
 import numpy as np
 import pytest
@@ -192,7 +193,9 @@ finally:                                   # the second process leaves `run` by 
 """
 
 
-def test_two_processes_train_as_one_with_both_batches(tmp_path):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_two_processes_train_as_one_with_both_batches(machines, tmp_path):
+    """On one machine, and as on two: each has a launcher of its own there."""
     import subprocess
     import sys
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
@@ -205,9 +208,15 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path):
         return Trainer(model, ema, TrainConfig(steps=5, batch_size=1, save_every=100, precision="fp32"), out, lambda *_: None)
 
     trainer(tmp_path / "two").save()                       # both begin with the same weights
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          str(tmp_path / "two.py"), str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = [["--standalone", "--nproc-per-node", "2"]] if machines == 1 else [
+        ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)] for rank in range(2)]
+    runs = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *how, str(tmp_path / "two.py"), str(tmp_path / "two")],
+                             stderr=subprocess.PIPE, text=True) for how in where]
+    said = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0] * machines, said
     one = trainer(tmp_path / "one")
 
     def both(rng):

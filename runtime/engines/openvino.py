@@ -13,6 +13,7 @@ from ..memory import PACKED, MappedPages, give_back
 from . import check_names, rebound
 from .openvino_attention import use_kernels
 from .openvino_ops import core
+from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
@@ -31,6 +32,8 @@ class OpenVinoEngine:
     A static graph is compiled for every shape that is bound (a large one for any batch, see `ANY_BATCH_BYTES`), the last
     `KEPT_SHAPES` of them are kept; another one is compiled once for all shapes when it is loaded. Compiled graphs also go into the user's cache (files.private_cache).
     """
+
+    copies = 1      # see engines.Engine
 
     def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
         problem = self.problem()
@@ -54,6 +57,7 @@ class OpenVinoEngine:
                 trim_folder(self._cache, CACHE_BYTES)
             self._cache = None      # compiled in seconds; and OpenVINO would read `use_kernels`' nodes back without what they were made with
             give_back()
+        self._shares = self._any_batch and self._try("load", lambda: share_rows(self._model))
         if not static:
             self._request_for({})
             self._model = None
@@ -91,8 +95,13 @@ class OpenVinoEngine:
         for output in self._spec.outputs:
             require(bound[output.name].flags.writeable, output.name, "be writable", "a read-only array", EngineError)
         request = self._request_for(bound)
-        for name in tensors if request is self._request else bound:
-            tensor = self._ov.Tensor(_shared(bound[name]), shared_memory=True)
+        given = {name: bound[name] for name in (tensors if request is self._request else bound)}
+        if self._shares and "latents" in given:
+            count = len(given["latents"]) // self.copies
+            given["latents"], given[ROWS] = given["latents"][:count], np.tile(np.arange(count), self.copies)
+            self._rows = given[ROWS]
+        for name, array in given.items():
+            tensor = self._ov.Tensor(_shared(array), shared_memory=True)
             self._try("take its tensors", lambda: request.set_tensor(name, tensor))
         self._bound, self._request = bound, request  # keeps the arrays alive
 
