@@ -50,22 +50,20 @@ def test_graphs_put_together_otherwise_draw_every_row(tmp_path_factory, rng):
         np.testing.assert_allclose(got[key], value, rtol=2e-3, atol=2e-3 * np.abs(value).max(), err_msg=key)
 
 
-@pytest.mark.parametrize("options, copies", [({}, {2}), ({"guidance_interval": (0.0, 0.5)}, {1, 2}), ({"guidance_scale": 1.0}, {1}), ({"max_memory": True}, {1})])
-def test_pictures_do_not_change(options, copies, tmp_path_factory, monkeypatch):
-    """Guided in all steps, in some, in none; and with so little memory that rows are run one by one."""
-    bundle, seen, bind = shared("fused", tmp_path_factory), set(), OpenVinoEngine.bind
+@pytest.mark.parametrize("options, at_once, copies", [({}, None, {2}), ({"guidance_interval": (0.0, 0.5)}, None, {1, 2}),
+                                                      ({"guidance_scale": 1.0}, None, {1}), ({}, 1, {1})])
+def test_pictures_do_not_change(options, at_once, copies, tmp_path_factory, monkeypatch):
+    """Guided in all steps, in some, in none; and where rows are run one by one."""
+    bundle, seen, bind, conditions = shared("fused", tmp_path_factory), set(), OpenVinoEngine.bind, Pipeline._conditions
     monkeypatch.setattr(OpenVinoEngine, "bind", lambda self, *args: (self._shares and seen.add(self.copies), bind(self, *args))[1])
+    monkeypatch.setattr(Pipeline, "_conditions", lambda self, *args: conditions(self, *args[:-1], at_once))
     w_plus = (np.random.default_rng(0).standard_normal((6, 512)) * 0.1).astype(np.float32)
 
-    def picture():
+    def pictures():
         pipe = Pipeline.from_bundle(bundle, engine="openvino", precision="full", threads=1)
-        if "max_memory" in options:
-            monkeypatch.setattr("pidiff.runtime.denoise.Denoiser._parts", lambda self, rows: [(i, i + 1) for i in range(len(self._conditions.id_fold) - rows, len(self._conditions.id_fold))])
-        how = {"guidance_scale": 2.0, **{k: v for k, v in options.items() if k != "max_memory"}}
-        return pipe.generate(Identity(w_plus), "a photo of person", seed=[1, 2], num_inference_steps=4, **how)
+        return pipe.generate(Identity(w_plus), "a photo of person", seed=[1, 2], num_inference_steps=4, **{"guidance_scale": 2.0, **options}).images
 
-    shares = picture()
+    sharing = pictures()
     assert seen == copies
     monkeypatch.setattr(engine_module, "share_rows", lambda model: False)
-    apart = picture()
-    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(shares.images, apart.images)) <= 1
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(sharing, pictures())) <= 1

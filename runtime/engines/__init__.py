@@ -34,8 +34,9 @@ class Engine(Protocol):
     Runtime's also `limits` (device_budget.py).
 
     One that runs on the processor also has `loading(weights, static, precision)`, a static method: bytes at the peak of loading a graph
-    whose weights are so many bytes in float32 (memory.Predictor). An engine whose device has memory of its own may also have `array(name, shape)`, see `new_array`. One that draws on it also has
-    an attribute `copies`, set before `bind`: so many times the same latents follow one another in the rows of `latents` (2 with guidance).
+    whose weights are so many bytes in float32 (memory.Predictor). An engine whose device has memory of its own may also have `array(name, shape)`, see `new_array`. One that
+    draws on the processor may have an attribute `copies`, set before `bind`: `latents` is so many times the same rows, one after another
+    (2 with guidance, 1 without), which is all that it looks at.
     """
 
     def inputs(self):

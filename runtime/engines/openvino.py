@@ -98,8 +98,8 @@ class OpenVinoEngine:
         given = {name: bound[name] for name in (tensors if request is self._request else bound)}
         if self._shares and "latents" in given:
             count = len(given["latents"]) // self.copies
-            given["latents"], given[ROWS] = given["latents"][:count], np.tile(np.arange(count), self.copies)
-            self._rows = given[ROWS]
+            self._rows = np.tile(np.arange(count), self.copies)     # kept: the request reads it
+            given |= {"latents": given["latents"][:count], ROWS: self._rows}
         for name, array in given.items():
             tensor = self._ov.Tensor(_shared(array), shared_memory=True)
             self._try("take its tensors", lambda: request.set_tensor(name, tensor))
