@@ -216,8 +216,8 @@ class Budget:
         return self._base + (sum if self._keep else max)(self._predictor.stage(n, **sizes) for n, sizes in stages.items())
 
     def options(self, graph):
-        """Return arguments for the engine of a graph: none, the processor's memory has no arena of fixed size."""
-        return {}
+        """Return arguments for the engine of a graph."""
+        return {"lean": self._limit is not None}
 
     def room(self):
         """Return bytes that may still be taken, of the machine's and of the limit; None if neither is known."""

@@ -255,17 +255,19 @@ def test_several_shapes(bundles, rng, static):
     assert len(engine._requests) == (engine_module.KEPT_SHAPES if static else 1)
 
 
-def test_large_graphs_are_compiled_once_for_any_batch(bundles, rng, monkeypatch):
-    """Their weights are in memory once, whatever the number of pictures; other shapes are still compiled for themselves."""
-    monkeypatch.setattr(engine_module, "ANY_BATCH_BYTES", 1)
+@pytest.mark.parametrize("lean, room, kept", [(True, None, (1, 1, 1, 2, 2)), (False, 1, (1, 1, 1, 2, 2)), (False, None, (1, 2, 2, 2, 2)), (False, 1 << 40, (1, 2, 2, 2, 2))])
+def test_large_graphs_are_compiled_once_for_any_batch_where_memory_counts(bundles, rng, monkeypatch, lean, room, kept):
+    """Asked to or short of memory, their weights are packed once, whatever the number of pictures; other shapes are compiled for themselves."""
+    monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
+    monkeypatch.setattr(engine_module, "available_memory", lambda: room)
     bundle = Bundle.open(bundles["fp32"])
-    engine, other = opened(bundle, "unet", static=True), opened(bundle, "unet", "onnxruntime")
-    for batch, people, kept in ((2, 1, 1), (1, 1, 1), (3, 1, 1), (2, 2, 2), (1, 1, 2)):
+    engine, other = opened(bundle, "unet", static=True, lean=lean), opened(bundle, "unet", "onnxruntime")
+    for (batch, people), compiled_now in zip(((2, 1), (1, 1), (3, 1), (2, 2), (1, 1)), kept):
         inputs = drawn_inputs(bundle.graph("unet"), rng, B=batch, P=people)
         expected = call(other, inputs)
         for name, value in call(engine, inputs).items():
             np.testing.assert_allclose(value, expected[name], atol=1e-5)
-        assert len(engine._requests) == kept
+        assert len(engine._requests) == compiled_now
 
 
 def test_threads(bundles):

@@ -32,7 +32,7 @@ def bundles(tmp_path_factory):
 @pytest.fixture
 def large(monkeypatch, tmp_path):
     """A tiny graph counts as a large one; returns the folder of its cache."""
-    monkeypatch.setattr(engine_module, "ANY_BATCH_BYTES", 1)
+    monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
     monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "openvino"
 
@@ -85,14 +85,14 @@ def drawn(bundle, rows=2):
 @needs_bfloat16
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_weights_are_kept_in_bfloat16(bundles, large, name, monkeypatch):
-    """Written once; then, and without a cache, the same numbers, for any number of rows; no float32 copy of a weight is left."""
+    """Written once; then, and without a cache, the same numbers; no float32 copy of a weight is left."""
     bundle = Bundle.open(bundles[name])
     engine, first = drawn(bundle)
     kinds = {op.get_element_type().get_type_name() for op in engine._model.get_ops() if op.get_type_name() == "Constant"}
     assert "bf16" in kinds and not kinds & {"f16", "f32"}
     written = {file.name: file.stat().st_mtime_ns for file in large.iterdir()}
     assert sorted(name.partition(".")[2] for name in written) == ["bin", "xml"]
-    again, second = drawn(bundle)
+    _, second = drawn(bundle)
     assert {file.name: file.stat().st_mtime_ns for file in large.iterdir()} == written
     monkeypatch.setenv("PIDIFF_CACHE", "off")
     _, third = drawn(bundle)
@@ -100,8 +100,6 @@ def test_weights_are_kept_in_bfloat16(bundles, large, name, monkeypatch):
     for key, value in first.items():
         assert np.array_equal(value, second[key]) and np.array_equal(value, third[key]) and value.dtype == full[key].dtype
         assert 0 < np.abs(value.astype(float) - full[key]).max() < 0.05 * np.abs(full[key]).max()
-    call(again, drawn_inputs(bundle.graph("unet"), np.random.default_rng(0), B=3, P=1))
-    assert len(again._requests) == 1
 
 
 @pytest.mark.parametrize("graph", ["w_plus_encoder", "unet"])

@@ -24,13 +24,13 @@ PRECISIONS = ("auto", "full")
 
 class Engine(Protocol):
     """One loaded graph. Constructor: `Engine(path, spec, device="cpu", threads=None, fused=False, static=False,
-    precision="full")`.
+    precision="full", lean=False)`.
 
     path: the .onnx file. spec: its bundle.GraphSpec. device: "cpu" or "cuda". threads: cores to use, None for all.
     fused: the graph holds nodes of the domain `pidiff`. static: the same few shapes come again and again, so that it is
     worth compiling for each of them. precision: "full" computes in no fewer bits than the graph is written in, "auto"
-    may where the processor is faster then. An engine that gains nothing by the last two does the same for all their
-    values. Raises EngineError. TensorRT's takes a compiled engine in place of a path (compiled.py), ONNX
+    may where the processor is faster then. lean: memory counts more than time. An engine that gains nothing by one of the last
+    three does the same for all its values. Raises EngineError. TensorRT's takes a compiled engine in place of a path (compiled.py), ONNX
     Runtime's also `limits` (device_budget.py).
 
     One that runs on the processor also has `loading(weights, static, precision)`, a static method: bytes at the peak of loading a graph

@@ -37,7 +37,7 @@ class OnnxRuntimeEngine:
 
     device = stream = loop = None
 
-    def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full", limits=None):
+    def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full", lean=False, limits=None):
         import onnxruntime as ort
 
         ort.disable_telemetry_events()

@@ -1,5 +1,6 @@
 """OpenVINO engine: the fast choice on x86-64 processors, with bfloat16 where they multiply it themselves."""
 
+import math
 import sys
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -9,18 +10,20 @@ import numpy as np
 
 from ..errors import EngineError, require
 from ..files import private_cache, trim_folder
-from ..memory import PACKED, MappedPages, give_back
+from ..memory import PACKED, MappedPages, available_memory, give_back
 from . import check_names, rebound
 from .openvino_attention import use_kernels
+from .openvino_gates import split_gates
 from .openvino_ops import core
 from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
 CACHE_BYTES = 8 << 30
-# From here on weights are packed once for all numbers of pictures: compiled for one of them, Stable Diffusion's UNet takes 5 GB and
-# is no faster; a small graph like that of `mini`, compiled for any, is a fifth slower.
-ANY_BATCH_BYTES = 256 << 20
+# From here on weights are mapped from a file in the format of the arithmetic; and, where memory counts more than time, packed once for
+# all numbers of pictures. Compiled for one of them, Stable Diffusion's UNet is a tenth faster and takes 1.7 GB for each.
+LARGE_BYTES = 256 << 20
+ROOM = KEPT_SHAPES + 1  # packed weights that must fit into the machine's free memory for that
 # Bytes at the peak per byte of float32 weights, of a large graph in float32 and in bfloat16: packed while mapped pages are dropped (on
 # Linux, from the cache), or beside the packed ones; and for each other shape of a small graph.
 MAPPED, UNMAPPED, ANOTHER_SHAPE = (1.4, 0.65), (PACKED, 1.15), 2.1
@@ -29,13 +32,14 @@ MAPPED, UNMAPPED, ANOTHER_SHAPE = (1.4, 0.65), (PACKED, 1.15), 2.1
 class OpenVinoEngine:
     """One compiled graph that works on the caller's memory (protocol: engines.Engine).
 
-    A static graph is compiled for every shape that is bound (a large one for any batch, see `ANY_BATCH_BYTES`), the last
-    `KEPT_SHAPES` of them are kept; another one is compiled once for all shapes when it is loaded. Compiled graphs also go into the user's cache (files.private_cache).
+    A static graph is compiled for every shape that is bound, the last `KEPT_SHAPES` of them are kept (a large one for any batch where
+    `lean` asks for it or memory is short); another one is compiled once for all shapes when it is loaded. Compiled graphs, but large
+    ones, also go into the user's cache (files.private_cache).
     """
 
     copies = 1      # see engines.Engine
 
-    def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full"):
+    def __init__(self, path, spec, device="cpu", threads=None, fused=False, static=False, precision="full", lean=False):
         problem = self.problem()
         require(problem is None, "engine", "work on this machine", f"'openvino': {problem}", EngineError)
         import openvino
@@ -43,21 +47,23 @@ class OpenVinoEngine:
         require(device == "cpu", "device", "be cpu with openvino", repr(device), EngineError)
         self._ov, self._spec, self._static = openvino, spec, static
         self._config, self._cache = _config(threads, precision), private_cache("openvino")
-        self._bound, self._request, self._requests, self._ran = {}, None, OrderedDict(), set()
+        self._bound, self._given, self._request, self._requests, self._ran = {}, {}, None, OrderedDict(), set()
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
-        large = sum(op.get_byte_size() for op in _constants(self._model)) >= ANY_BATCH_BYTES
-        self._any_batch, self._packing = static and large, nullcontext
+        self._large = large = sum(op.get_byte_size() for op in _constants(self._model)) >= LARGE_BYTES
+        self._any_batch, self._packing = False, nullcontext
         if large:
             with _mapped(self._model).dropped():
                 kind = self._config["INFERENCE_PRECISION_HINT"]
                 self._model = self._try("load", lambda: rewritten(self._model, path, self._cache, kind)) or self._model
             self._packing = _mapped(self._model).dropped
+            self._any_batch = static and (lean or not _has_room(self._model, kind))
             if self._cache:
                 trim_folder(self._cache, CACHE_BYTES)
             self._cache = None      # compiled in seconds; and OpenVINO would read `use_kernels`' nodes back without what they were made with
             give_back()
-        self._shares = self._any_batch and self._try("load", lambda: share_rows(self._model))
+        self._kept = self._try("load", lambda: split_gates(self._model)) if large else None
+        self._shares = static and large and self._try("load", lambda: share_rows(self._model))
         if not static:
             self._request_for({})
             self._model = None
@@ -78,7 +84,7 @@ class OpenVinoEngine:
     @staticmethod
     def loading(weights, static, precision):
         """See engines.Engine."""
-        if weights // 2 < ANY_BATCH_BYTES:
+        if weights // 2 < LARGE_BYTES:
             return int((PACKED + ANOTHER_SHAPE * (KEPT_SHAPES - 1) * static) * weights)
         narrow = static and OpenVinoEngine.computes_in(precision) == "bfloat16"
         mapped = sys.platform == "linux" and private_cache("openvino")
@@ -94,27 +100,30 @@ class OpenVinoEngine:
         bound = rebound(self._spec, self._bound, tensors)
         for output in self._spec.outputs:
             require(bound[output.name].flags.writeable, output.name, "be writable", "a read-only array", EngineError)
-        request = self._request_for(bound)
-        given = {name: bound[name] for name in (tensors if request is self._request else bound)}
-        if self._shares and "latents" in given:
-            count = len(given["latents"]) // self.copies
-            self._rows = np.tile(np.arange(count), self.copies)     # kept: the request reads it
-            given |= {"latents": given["latents"][:count], ROWS: self._rows}
-        for name, array in given.items():
-            tensor = self._ov.Tensor(_shared(array), shared_memory=True)
+        given = bound | (self._rows(bound["latents"]) if self._shares else {})
+        request = self._request_for(given)
+        for name in given if request is not self._request else {*tensors, *(given.keys() - bound.keys())}:
+            tensor = self._ov.Tensor(_shared(given[name]), shared_memory=True)
             self._try("take its tensors", lambda: request.set_tensor(name, tensor))
-        self._bound, self._request = bound, request  # keeps the arrays alive
+        self._bound, self._given, self._request = bound, given, request  # keeps the arrays alive
 
     def run(self, stream=None):
         require(self._request is not None, "tensors", "be bound before a run", "none", EngineError)
-        shapes = tuple(array.shape for array in self._bound.values())
+        shapes = tuple(array.shape for array in self._given.values())
         with nullcontext() if shapes in self._ran else self._packing():     # what is compiled for any batch packs its weights when it runs
             self._try("run", lambda: self._request.infer(share_outputs=True))  # shared: the bound arrays, not copies of them
         self._ran.add(shapes)
 
-    def _request_for(self, bound):
+    def _rows(self, latents):
+        """Return what a graph of `share_rows` takes for latents that are `copies` times the same rows."""
+        count = len(latents) // self.copies
+        return {"latents": latents[:count], ROWS: np.tile(np.arange(count), self.copies)}
+
+    def _request_for(self, given):
         """Return the inference request that is compiled for the shapes of these arrays."""
-        shapes = {t.name: self._shape(t, bound[t.name]) for t in self._spec.inputs} if self._static else {}
+        shapes = {t.name: self._shape(t.shape, given[t.name]) for t in self._spec.inputs} if self._static else {}
+        if self._shares:
+            shapes[ROWS] = self._shape("B", given[ROWS])
         key = tuple(shapes.values())
         if key not in self._requests:
             while len(self._requests) >= KEPT_SHAPES:
@@ -123,18 +132,20 @@ class OpenVinoEngine:
         self._requests.move_to_end(key)
         return self._requests[key]
 
-    def _shape(self, spec, array):
+    def _shape(self, axes, array):
         """Return what an input is compiled for: -1 stands for any size."""
-        return tuple(-1 if self._any_batch and axis == "B" else n for axis, n in zip(spec.shape, array.shape))
+        return tuple(-1 if self._any_batch and axis == "B" else n for axis, n in zip(axes, array.shape))
 
     def _compile(self, shapes):
+        model = self._model.clone() if shapes else self._model
         if shapes:
-            self._model.reshape({name: list(shape) for name, shape in shapes.items()})
-        if self._any_batch:
-            use_kernels(self._model, self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS"))
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        if shapes and self._large:
+            rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS")
+            use_kernels(model, rounding, threads)
         config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
         with self._packing():
-            compiled = core().compile_model(self._model, "CPU", config)
+            compiled = core().compile_model(model, "CPU", config)
         if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
             trim_folder(self._cache, CACHE_BYTES)
         return compiled
@@ -164,6 +175,13 @@ def _names(model, spec):
 
 def _constants(model):
     return [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+
+
+def _has_room(model, kind):
+    """Whether the machine has memory for the weights of several compiled graphs."""
+    packed = sum(math.prod(op.get_output_shape(0)) for op in _constants(model)) * (2 if kind == "bf16" else 4)
+    room = available_memory()
+    return room is None or room >= ROOM * packed
 
 
 def _mapped(model):
