@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Cancelled', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'has_cuda', 'identity_mix', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'start_threads', 'step_table']
+__all__: list[str] = ['Cancelled', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'group_norm', 'has_cuda', 'identity_mix', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'start_threads', 'step_table']
 class Cancelled(Exception):
     """
     on_step asked sample() to stop.
@@ -80,6 +80,14 @@ def attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, num_heads: t
 def cpu_implementations() -> list[str]:
     """
     CPU implementations that run on this machine, slowest first; "auto" takes the last that computes in float32.
+    """
+def group_norm(x: numpy.ndarray, weight: numpy.ndarray, bias: numpy.ndarray, num_groups: typing.SupportsInt | typing.SupportsIndex, shift: numpy.ndarray | None = None, silu: bool = False, epsilon: typing.SupportsFloat | typing.SupportsIndex = 9.999999747378752e-06, implementation: str = 'auto', out: numpy.ndarray | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.ndarray:
+    """
+    Group normalisation (arXiv 1803.08494) of x + shift, over positions and each group's channels; then SiLU if `silu`.
+    
+    x [B, S, C], float32, float16 or bfloat16 (ml_dtypes' or its bits as uint16), shift [1 or B, C] in the same dtype, weight and
+    bias [C] float32; returns [B, S, C] in x's dtype: `out` if given, which may be x. threads: as in `attention`. All
+    implementations compute in float32; "auto" takes the last.
     """
 def has_cuda() -> bool:
     """

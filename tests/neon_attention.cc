@@ -1,10 +1,11 @@
-// Both primitives' NEON version against the clear loops, on sizes that leave every kind of rest. Cross-compiled and run
+// The primitives' NEON version against the clear loops, on sizes that leave every kind of rest. Cross-compiled and run
 // under qemu by tests/test_neon.py; prints the number of cases, or the first that fails.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels/attention_cpu.h"
@@ -98,6 +99,28 @@ bool check_identity(std::int64_t queries, std::int64_t heads, std::int64_t d, st
   return close(out[0], out[1], dtype, 16.0f, what) && close(mass[0], mass[1], dtype, 1.0f, what + " mass");
 }
 
+bool check_group_norm(std::int64_t rows, std::int64_t channels, std::int64_t groups, DType dtype) {
+  const Bytes x = normal(2 * rows * channels, dtype), shift = normal(channels, dtype);
+  const Bytes weight = normal(channels, DType::float32), bias = normal(channels, DType::float32);
+  GroupNormParams p;
+  p.x = x.data();
+  p.shift = shift.data();
+  p.weight = reinterpret_cast<const float*>(weight.data());
+  p.bias = reinterpret_cast<const float*>(bias.data());
+  p.batch = 2;
+  p.rows = rows;
+  p.channels = channels;
+  p.groups = groups;
+  p.silu = true;
+  p.dtype = dtype;
+  Bytes got(x.size()), expected(x.size());
+  p.out = got.data();
+  group_norm(p, no_threads(), Implementation::portable);
+  p.out = expected.data();
+  group_norm(p, no_threads(), Implementation::reference);
+  return close(got, expected, dtype, 8.0f, "group_norm C " + std::to_string(channels));
+}
+
 }  // namespace
 
 int main() {
@@ -109,6 +132,8 @@ int main() {
     for (std::int64_t d : {5, 40, 80})
       for (std::int64_t people : {1, 3})
         if (!check_identity(33, 3, d, people, dtype)) return 1;
+    for (const auto& [rows, channels, groups] : {std::tuple{1, 6, 3}, {70, 64, 32}, {300, 330, 5}})
+      if (!check_group_norm(rows, channels, groups, dtype)) return 1;
   }
   std::printf("%d cases\n", cases);
 }

@@ -5,6 +5,7 @@
 
 #include "bindings/arrays.h"
 #include "kernels/attention.h"
+#include "kernels/group_norm.h"
 
 #ifdef PIDIFF_HAS_CUDA
 #include "kernels/attention_cuda.h"
@@ -111,6 +112,56 @@ std::pair<py::array, py::array> py_identity_mix(const py::array& h, const py::ar
   return {out, mass};
 }
 
+const float* channel_values(const py::array& values, const char* name, std::int64_t channels) {
+  require_shape(values, name, {channels}, "[C]");
+  if (std::string(py::str(values.dtype())) != "float32")
+    fail(std::string(name) + " must be float32, got " + std::string(py::str(values.dtype())));
+  require_contiguous(values, name);
+  return static_cast<const float*>(values.data());
+}
+
+py::array py_group_norm(const py::array& x, const py::array& weight, const py::array& bias, std::int64_t num_groups,
+                        const std::optional<py::array>& shift, bool silu, float epsilon, const std::string& implementation,
+                        const std::optional<py::array>& out, int threads) {
+  const Implementation which = parse_implementation(implementation);
+  require_shape(x, "x", {-1, -1, -1}, "[B, S, C]");
+  require_contiguous(x, "x");
+  const std::int64_t channels = x.shape(2);
+  if (num_groups < 1 || channels < 1 || channels % num_groups != 0)
+    fail("num_groups must divide the channels " + std::to_string(channels) + ", got " + std::to_string(num_groups));
+  if (threads < 0) fail("threads must not be negative, got " + std::to_string(threads));
+  if (!(epsilon > 0)) fail("epsilon must be positive, got " + std::to_string(epsilon));
+  GroupNormParams p;
+  p.dtype = dtype_of(x, "x", true);
+  p.weight = channel_values(weight, "weight", channels);
+  p.bias = channel_values(bias, "bias", channels);
+  if (shift) {
+    require_shape(*shift, "shift", {shift->ndim() > 0 && shift->shape(0) == 1 ? 1 : x.shape(0), channels}, "[1 or B, C]");
+    require_dtype(*shift, "shift", x, "x");
+    require_contiguous(*shift, "shift");
+    p.shift = shift->data();
+    p.shifts = shift->shape(0);
+  }
+  py::array result = out ? *out : empty(x.dtype(), {x.shape(0), x.shape(1), x.shape(2)});
+  require_shape(result, "out", {x.shape(0), x.shape(1), x.shape(2)}, "[B, S, C]");
+  require_dtype(result, "out", x, "x");
+  require_contiguous(result, "out");
+  if (!result.writeable()) fail("out must be writable, got a read-only array");
+  p.x = x.data();
+  p.out = result.mutable_data();
+  p.batch = x.shape(0);
+  p.rows = x.shape(1);
+  p.channels = channels;
+  p.groups = num_groups;
+  p.epsilon = epsilon;
+  p.silu = silu;
+  {
+    py::gil_scoped_release release;
+    group_norm(p, own_threads(threads), which);
+  }
+  return result;
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
@@ -129,6 +180,13 @@ void bind_kernels(py::module_& m) {
         "h and y [B, S, C], a [B, P, C, num_heads * T'] with T' = T + 1 (null key last) or T, v_id [B, P, T, C],\n"
         "mask [B, P, S], scale [B]. Returns (out [B, S, C], id_mass [B, P, S]): id_mass is the probability that went\n"
         "to real identity tokens, averaged over heads, and zero without a null key.");
+  m.def("group_norm", &py_group_norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("num_groups"),
+        py::arg("shift") = py::none(), py::arg("silu") = false, py::arg("epsilon") = 1e-5f, py::arg("implementation") = "auto",
+        py::arg("out") = py::none(), py::arg("threads") = 0,
+        "Group normalisation (arXiv 1803.08494) of x + shift, over positions and each group's channels; then SiLU if `silu`.\n\n"
+        "x [B, S, C], float32, float16 or bfloat16 (ml_dtypes' or its bits as uint16), shift [1 or B, C] in the same dtype, weight and\n"
+        "bias [C] float32; returns [B, S, C] in x's dtype: `out` if given, which may be x. threads: as in `attention`. All\n"
+        "implementations compute in float32; \"auto\" takes the last.");
   m.def(
       "cpu_implementations",
       [] {

@@ -3,13 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 
 #include "kernels/attention_cpu.h"
+#include "kernels/scratch.h"
 
 #if defined(PIDIFF_X86) && defined(__linux__)
 #include <cpuid.h>
@@ -66,6 +64,8 @@ bool has_amx() {
 }
 #endif
 
+}  // namespace
+
 const CpuKernels* kernels_of(Implementation implementation) {
   switch (implementation) {
     case Implementation::portable: return &portable_kernels;
@@ -80,6 +80,14 @@ const CpuKernels* kernels_of(Implementation implementation) {
     default: return nullptr;
   }
 }
+
+const CpuKernels& require_kernels(Implementation implementation) {
+  if (const CpuKernels* kernels = kernels_of(implementation)) return *kernels;
+  throw std::runtime_error(std::string("implementation must be one that runs on this machine, got ") +
+                           name_of(implementation));
+}
+
+namespace {
 
 constexpr std::int64_t kManyKeys = 512;  // from here on `low_precision` rounds
 
@@ -105,46 +113,8 @@ Implementation resolve(Implementation wanted, std::int64_t keys) {
   return *std::find_if(all.rbegin(), all.rend(), in_float32);
 }
 
-const CpuKernels& require(Implementation implementation) {
-  if (const CpuKernels* kernels = kernels_of(implementation)) return *kernels;
-  throw std::runtime_error(std::string("implementation must be one that runs on this machine, got ") +
-                           name_of(implementation));
-}
-
 void check(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
-}
-
-// Floats on a cache line of their own. Not by aligned_alloc: glibc before 2.38 does not take what that gave back (its bug 14581), and
-// a process would grow by every call.
-class Scratch {
- public:
-  explicit Scratch(std::int64_t floats)
-      : memory_(std::malloc(static_cast<std::size_t>(std::max<std::int64_t>(floats, 1)) * sizeof(float) + kLine), &std::free) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  float* get() const {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
-    return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
-  }
-
- private:
-  static constexpr std::size_t kLine = 64;
-  std::unique_ptr<void, decltype(&std::free)> memory_;
-};
-
-// Runs `task(index, scratch)`; tasks may not throw, so scratch that cannot be had is reported after the loop.
-template <class Task>
-void run_tasks(const Parallel& pool, std::int64_t count, std::int64_t scratch_floats, const Task& task) {
-  bool exhausted = false;
-  parallel_for(pool, static_cast<std::size_t>(count), [&](std::size_t index) {
-    try {
-      task(static_cast<std::int64_t>(index), Scratch(scratch_floats).get());
-    } catch (const std::bad_alloc&) {
-      exhausted = true;  // only ever set, so the race is harmless
-    }
-  });
-  if (exhausted) throw std::bad_alloc();
 }
 
 // Keys and values of every (batch, head), packed.
@@ -223,7 +193,7 @@ void attention(const AttentionParams& p, const Parallel& pool, Implementation wa
   if (implementation == Implementation::cuda) return attention_cuda_host(p);
 #endif
   if (implementation == Implementation::reference) return attention_reference(p);
-  const CpuKernels& kernels = require(implementation);
+  const CpuKernels& kernels = require_kernels(implementation);
   const Packed packed(p, pool, kernels);
   const std::int64_t block = kernels.query_block, blocks = (p.queries + block - 1) / block;
   // Tasks that run one after the other share what is large: a head's keys and values if they are long, else the rows
@@ -247,7 +217,7 @@ void identity_mix(const IdentityMixParams& p, const Parallel& pool, Implementati
   if (implementation == Implementation::cuda) return identity_mix_cuda_host(p);
 #endif
   if (implementation == Implementation::reference) return identity_mix_reference(p);
-  const CpuKernels& kernels = require(implementation);
+  const CpuKernels& kernels = require_kernels(implementation);
 
   PackedIdentity packed;
   const std::int64_t multiple = kernels.column_multiple;

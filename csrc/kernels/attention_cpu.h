@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/attention.h"
+#include "kernels/group_norm.h"
 #include "kernels/half.h"
 
 namespace pidiff {
@@ -50,7 +51,14 @@ struct CpuKernels {
                          std::int64_t row0, std::int64_t rows, float* scratch);
   void (*identity_rows)(const IdentityMixParams&, const PackedIdentity&, std::int64_t batch, std::int64_t row0,
                         std::int64_t rows, float* scratch);
+  // Two tasks of `group_norm` on rows [first, first + rows) of all pictures' together; `lines`: kNormLines * channels floats. Sums [2,
+  // channels] of x - pivot and of its square; out = x * factor + offset, by channel, and SiLU.
+  void (*norm_sums)(const GroupNormParams&, const float* pivot, std::int64_t first, std::int64_t rows, float* sums, float* lines);
+  void (*norm_rows)(const GroupNormParams&, const float* factor, const float* offset, std::int64_t first, std::int64_t rows,
+                    float* lines);
 };
+
+constexpr std::int64_t kNormLines = 4;
 
 extern const CpuKernels portable_kernels;
 #ifdef PIDIFF_X86
@@ -60,8 +68,13 @@ extern const CpuKernels avx512bf16_kernels;
 extern const CpuKernels amx_kernels;
 #endif
 
+// Those of one implementation: null where this processor does not run it, or std::runtime_error.
+const CpuKernels* kernels_of(Implementation implementation);
+const CpuKernels& require_kernels(Implementation implementation);
+
 // The clear loops (attention_reference.cc), single-threaded.
 void attention_reference(const AttentionParams& params);
 void identity_mix_reference(const IdentityMixParams& params);
+void group_norm_reference(const GroupNormParams& params);
 
 }  // namespace pidiff

@@ -1,4 +1,4 @@
-// The clear version of both primitives: float32 arithmetic, one loop per index, no blocking. Everything else is
+// The clear version of the primitives: float32 arithmetic, one loop per index, no blocking. Everything else is
 // measured against it.
 #include <cmath>
 #include <vector>
@@ -78,6 +78,29 @@ void identity_mix_reference(const IdentityMixParams& p) {
         set_element(p.id_mass, which * p.queries + s, p.has_null ? mass / static_cast<float>(p.heads) : 0.0f, p.dtype);
       }
       for (std::int64_t c = 0; c < p.channels; ++c) set_element(p.out, out_row + c, row[c], p.dtype);
+    }
+}
+
+void group_norm_reference(const GroupNormParams& p) {
+  const std::int64_t width = p.channels / p.groups;
+  std::vector<float> values(p.rows * width);
+  for (std::int64_t b = 0; b < p.batch; ++b)
+    for (std::int64_t group = 0; group < p.groups; ++group) {
+      const auto channel = [&](std::int64_t i) { return group * width + i % width; };
+      const auto at = [&](std::int64_t i) { return (b * p.rows + i / width) * p.channels + channel(i); };
+      double mean = 0.0, variance = 0.0;
+      for (std::int64_t i = 0; i < p.rows * width; ++i) {
+        values[i] = element(p.x, at(i), p.dtype);
+        if (p.shift != nullptr) values[i] += element(p.shift, (p.shifts == 1 ? 0 : b) * p.channels + channel(i), p.dtype);
+        mean += values[i];
+      }
+      mean /= static_cast<double>(values.size());
+      for (const float value : values) variance += (value - mean) * (value - mean);
+      const double scale = 1.0 / std::sqrt(variance / static_cast<double>(values.size()) + p.epsilon);
+      for (std::int64_t i = 0; i < p.rows * width; ++i) {
+        const auto y = static_cast<float>((values[i] - mean) * scale * p.weight[channel(i)] + p.bias[channel(i)]);
+        set_element(p.out, at(i), p.silu ? y / (1.0f + std::exp(-y)) : y, p.dtype);
+      }
     }
 }
 

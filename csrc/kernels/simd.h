@@ -102,6 +102,10 @@ PIDIFF_INLINE void widen(const std::uint16_t* from, float* to, std::int64_t coun
 PIDIFF_INLINE void narrow(const float* from, std::uint16_t* to, std::int64_t count, DType dtype) {
   std::int64_t i = 0;
   if (dtype == DType::bfloat16) {
+#ifdef PIDIFF_BF16
+    for (; i + kLanes <= count; i += kLanes)  // but for numbers below 2^-126, which become zero
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh((__m512)load(from + i)));
+#endif
     for (; i + kLanes <= count; i += kLanes) {  // as float_to_bfloat
       const Float value = load(from + i);
       const Bits bits = (Bits)value, nan = (Bits)(value != value);

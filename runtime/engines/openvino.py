@@ -14,6 +14,7 @@ from ..memory import PACKED, MappedPages, available_memory, give_back
 from . import check_names, rebound
 from .openvino_attention import use_kernels
 from .openvino_gates import split_gates
+from .openvino_group_norm import use_group_norm
 from .openvino_ops import core
 from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
@@ -143,6 +144,8 @@ class OpenVinoEngine:
         if shapes and self._large:
             rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS")
             use_kernels(model, rounding, threads)
+            if rounding and not self._any_batch:
+                use_group_norm(model, threads)
         config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
         with self._packing():
             compiled = core().compile_model(model, "CPU", config)

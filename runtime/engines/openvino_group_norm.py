@@ -1,0 +1,149 @@
+"""Group normalisation in OpenVINO graphs by our own kernel, with what comes right before and after it.
+
+OpenVINO's convolutions in bfloat16 keep channels together, its normalisation wants them apart: two copies of every picture, around
+three nodes that each read and write it. Where shapes are known, a transposition to and from what the kernel reads costs nothing.
+"""
+
+import functools
+
+import numpy as np
+
+from .openvino_attention import FLOATS
+
+
+@functools.cache
+def group_norm():
+    """Return the class of the node: x [B,H,W,C], shift [1 or B,C] or nothing -> [B,H,W,C] (csrc/kernels/group_norm.h)."""
+    from openvino import Op
+
+    from pidiff import _C
+
+    class GroupNorm(Op):
+        def __init__(self, inputs=None, **how):
+            """how: weight, bias, num_groups, silu, epsilon and threads of the kernel."""
+            super().__init__(self)
+            self._how = how
+            if inputs is not None:
+                self.set_arguments(inputs)
+                self.constructor_validate_and_infer_types()
+
+        def validate_and_infer_types(self):
+            self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
+
+        def clone_with_new_inputs(self, new_inputs):
+            return GroupNorm(new_inputs, **self._how)
+
+        def has_evaluate(self):
+            return True
+
+        def evaluate(self, outputs, inputs):
+            (x, *shift), (out,) = ([t.data.view(FLOATS[t.element_type.get_type_name()]) for t in some] for some in (inputs, outputs))
+            x, out = (a.reshape(len(a), -1, a.shape[-1]) for a in (x, out))
+            _C.group_norm(x, shift=shift[0] if shift else None, out=out, **self._how)
+            return True
+
+    return GroupNorm
+
+
+def use_group_norm(model, threads):
+    """Give group normalisation of pictures whose shape is known to the kernel, in place, with an addition per channel before it and SiLU
+    after it. threads: see use_kernels."""
+    from openvino import opset13 as ops
+
+    from pidiff import _C
+
+    threads = min(threads or 0, _C.start_threads())
+    for node in model.get_ordered_ops():
+        found = _found(node) if node.get_type_name() == "MVN" else None
+        if found is None:
+            continue
+        last, source, shift, how = found
+        inputs = [ops.transpose(source, np.array([0, 2, 3, 1])).output(0)]
+        if shift is not None:
+            inputs.append(ops.reshape(shift, np.array([0, -1]), True).output(0))
+        normed = group_norm()(inputs, threads=threads, **how)
+        last.output(0).replace(ops.transpose(normed.output(0), np.array([0, 3, 1, 2])).output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _found(mvn):
+    """Return (last node, first output [B,C,H,W], what is added to it [1 or B,C,1,1] or None, arguments of the kernel) of the normalisation
+    around a node, None where it is of another kind.
+
+    It is PyTorch's in ONNX: the groups in a row, InstanceNormalization (here MVN, * 1, + 0), the picture again, * weight, + bias.
+    """
+    rows, how = mvn.input_value(0).get_node(), mvn.get_attributes()
+    source = rows.input_value(0) if rows.get_type_name() == "Reshape" else None
+    shape = source and source.get_partial_shape()
+    axes = _values(mvn.input_value(1))
+    plain = how["normalize_variance"] and how["eps_mode"].upper() == "INSIDE_SQRT" and axes is not None and list(axes) == [2]
+    if not (plain and shape and shape.is_static and len(shape) == 4):
+        return None
+    ones, by_one = _with_constant(mvn, "Multiply")
+    zeros, to_zero = _with_constant(by_one, "Add")
+    picture = _reader(to_zero)
+    if picture is None or picture.get_type_name() != "Reshape" or list(picture.get_output_shape(0)) != list(shape) or (ones != 1).any() or zeros.any():
+        return None
+    weight, weighted = _with_constant(picture, "Multiply")
+    bias, last = _with_constant(weighted, "Add")
+    channels = shape[1].get_length()
+    if last is None or weight.size != channels or bias.size != channels:
+        return None
+    first, shift = _shifted(source, channels)
+    silu = _silu(last)
+    return silu or last, first, shift, {"weight": weight, "bias": bias, "num_groups": mvn.get_output_shape(0)[1], "silu": silu is not None,
+                                        "epsilon": how["eps"]}
+
+
+def _readers(node):
+    """Return the nodes that read a node's numbers, not its shape or type."""
+    readers = [reader for reader in node.output(0).get_target_inputs() if reader.get_node().get_type_name() != "ShapeOf"]
+    return [r.get_node() for r in readers if r.get_node().get_type_name() != "ConvertLike" or r.get_index() == 0]
+
+
+def _reader(node):
+    """Return the only one of `_readers`, None where there is none or there are several, or no node."""
+    readers = _readers(node) if node is not None else []
+    return readers[0] if len(readers) == 1 else None
+
+
+def _with_constant(node, kind):
+    """Return (numbers, reader) where a node's only reader, of this type, puts it together with constant numbers, else (None, None)."""
+    reader = _reader(node)
+    if reader is not None and reader.get_type_name() == kind:
+        for value in reader.input_values():
+            numbers = _values(value)
+            if numbers is not None:
+                return numbers, reader
+    return None, None
+
+
+def _values(value):
+    """Return the numbers of a constant in a row, floats in float32, through what changes only its shape or type; None if it is none."""
+    node = value.get_node()
+    while node.get_type_name() in ("Convert", "ConvertLike", "Reshape", "Unsqueeze"):
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "Constant":
+        return None
+    if node.get_element_type().get_type_name() == "bf16":
+        return (node.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).ravel()
+    return node.data.ravel() if node.get_element_type().is_integral() else node.data.astype(np.float32).ravel()
+
+
+def _shifted(source, channels):
+    """Return (x, shift) where an output is x plus something per channel and nothing else reads it, else (output, None)."""
+    add = source.get_node()
+    if add.get_type_name() == "Add" and _reader(add) is not None:
+        for x, shift in (add.input_values(), add.input_values()[::-1]):
+            shapes = x.get_partial_shape(), shift.get_partial_shape()
+            if all(s.is_static for s in shapes) and list(x.get_shape()) == list(source.get_shape()) and shift.get_shape()[0] in (1, x.get_shape()[0]):
+                if list(shift.get_shape())[1:] == [channels, 1, 1]:
+                    return x, shift
+    return source, None
+
+
+def _silu(node):
+    """Return the product of a node with its own sigmoid, None where something else reads it."""
+    readers = {reader.get_type_name(): reader for reader in _readers(node)}
+    gate, product = readers.get("Sigmoid"), readers.get("Multiply")
+    return product if len(readers) == 2 and gate and product and _reader(gate) == product else None
