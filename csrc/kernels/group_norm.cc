@@ -39,7 +39,7 @@ void factors(const GroupNormParams& p, std::int64_t batch, const float* pivot, c
       group_mean += mean[i] / static_cast<double>(width);
     }
     for (const double one : mean) square += rows * (one - group_mean) * (one - group_mean);
-    const double scale = 1.0 / std::sqrt(square / (rows * static_cast<double>(width)) + p.epsilon);
+    const double scale = 1.0 / std::sqrt(std::max(square, 0.0) / (rows * static_cast<double>(width)) + p.epsilon);
     for (std::int64_t i = 0; i < width; ++i) {
       const double by = scale * p.weight[first + i];
       factor[first + i] = static_cast<float>(by);
