@@ -255,9 +255,10 @@ def test_several_shapes(bundles, rng, static):
     assert len(engine._requests) == (engine_module.KEPT_SHAPES if static else 1)
 
 
-@pytest.mark.parametrize("lean, room, kept", [(True, None, (1, 1, 1, 2, 2)), (False, 1, (1, 1, 1, 2, 2)), (False, None, (1, 2, 2, 2, 2)), (False, 1 << 40, (1, 2, 2, 2, 2))])
+@pytest.mark.parametrize("lean, room, kept", [(True, None, (1, 1, 1, 2, 2)), (False, 1, (1, 1, 1, 2, 2)), (False, None, (1, 2, 1, 2, 2)), (False, 1 << 40, (1, 2, 1, 2, 2))])
 def test_large_graphs_are_compiled_once_for_any_batch_where_memory_counts(bundles, rng, monkeypatch, lean, room, kept):
-    """Asked to or short of memory, their weights are packed once, whatever the number of pictures; other shapes are compiled for themselves."""
+    """Asked to, short of memory or from the third number of pictures on, their weights are packed once, whatever that number; other shapes are
+    compiled for themselves."""
     monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
     monkeypatch.setattr(engine_module, "available_memory", lambda: room)
     bundle = Bundle.open(bundles["fp32"])
@@ -268,6 +269,16 @@ def test_large_graphs_are_compiled_once_for_any_batch_where_memory_counts(bundle
         for name, value in call(engine, inputs).items():
             np.testing.assert_allclose(value, expected[name], atol=1e-5)
         assert len(engine._requests) == compiled_now
+
+
+def test_other_shapes_than_batches_are_compiled_for_themselves(bundles, rng, monkeypatch):
+    """However many numbers of people there were."""
+    monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
+    bundle = Bundle.open(bundles["fp32"])
+    engine = opened(bundle, "unet", static=True)
+    for batch, people in ((2, 1), (2, 2), (2, 3), (1, 3), (2, 1)):
+        call(engine, drawn_inputs(bundle.graph("unet"), rng, B=batch, P=people))
+        assert compiled(engine).input("latents").partial_shape.is_static
 
 
 def test_threads(bundles):

@@ -33,8 +33,8 @@ MAPPED, UNMAPPED, ANOTHER_SHAPE = (1.4, 0.65), (PACKED, 1.15), 2.1
 class OpenVinoEngine:
     """One compiled graph that works on the caller's memory (protocol: engines.Engine).
 
-    A static graph is compiled for every shape that is bound, the last `KEPT_SHAPES` of them are kept (a large one for any batch where
-    `lean` asks for it or memory is short); another one is compiled once for all shapes when it is loaded. Compiled graphs, but large
+    A static graph is compiled for every shape that is bound, the last `KEPT_SHAPES` of them are kept; a large one for any batch where
+    `lean` asks for it, memory is short, or from the third number of pictures on; another one is compiled once for all shapes when it is loaded. Compiled graphs, but large
     ones, also go into the user's cache (files.private_cache).
     """
 
@@ -48,7 +48,7 @@ class OpenVinoEngine:
         require(device == "cpu", "device", "be cpu with openvino", repr(device), EngineError)
         self._ov, self._spec, self._static = openvino, spec, static
         self._config, self._cache = _config(threads, precision), private_cache("openvino")
-        self._bound, self._given, self._request, self._requests, self._ran = {}, {}, None, OrderedDict(), set()
+        self._bound, self._given, self._request, self._requests, self._alike, self._ran = {}, {}, None, OrderedDict(), {}, set()
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
         self._large = large = sum(op.get_byte_size() for op in _constants(self._model)) >= LARGE_BYTES
@@ -122,20 +122,27 @@ class OpenVinoEngine:
 
     def _request_for(self, given):
         """Return the inference request that is compiled for the shapes of these arrays."""
-        shapes = {t.name: self._shape(t.shape, given[t.name]) for t in self._spec.inputs} if self._static else {}
-        if self._shares:
-            shapes[ROWS] = self._shape("B", given[ROWS])
-        key = tuple(shapes.values())
+        shapes, key, alike = self._shapes(given)
+        if self._large and self._static and key not in self._requests and list(self._alike.values()).count(alike) == KEPT_SHAPES:
+            self._any_batch = True      # numbers of pictures vary: compiling for each would take longer than it gains
+            self._requests.clear()
+            self._alike.clear()
+            self._request = None        # its memory is needed
+            shapes, key, alike = self._shapes(given)
         if key not in self._requests:
             while len(self._requests) >= KEPT_SHAPES:
-                self._requests.popitem(last=False)
+                del self._alike[self._requests.popitem(last=False)[0]]
             self._requests[key] = self._try("compile", lambda: self._compile(shapes)).create_infer_request()
+            self._alike[key] = alike
         self._requests.move_to_end(key)
         return self._requests[key]
 
-    def _shape(self, axes, array):
-        """Return what an input is compiled for: -1 stands for any size."""
-        return tuple(-1 if self._any_batch and axis == "B" else n for axis, n in zip(axes, array.shape))
+    def _shapes(self, given):
+        """Return (name -> what an input is compiled for, -1 for any size; that as a key; the key of all that differ in the number of pictures alone)."""
+        axes = {t.name: t.shape for t in self._spec.inputs if self._static} | ({ROWS: "B"} if self._shares else {})
+        one, any_batch = ({name: tuple(-1 if loose and axis == "B" else n for axis, n in zip(named, given[name].shape)) for name, named in axes.items()}
+                          for loose in (self._any_batch, True))
+        return one, tuple(one.values()), tuple(any_batch.values())
 
     def _compile(self, shapes):
         model = self._model.clone() if shapes else self._model
