@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "kernels/attention_cpu.h"
-#include "kernels/scratch.h"
+#include "kernels/driver.h"
 
 #if defined(PIDIFF_X86) && defined(__linux__)
 #include <cpuid.h>
@@ -111,10 +111,6 @@ Implementation resolve(Implementation wanted, std::int64_t keys) {
   if (wanted != Implementation::automatic) return wanted;
   const auto all = cpu_implementations();
   return *std::find_if(all.rbegin(), all.rend(), in_float32);
-}
-
-void check(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
 }
 
 // Keys and values of every (batch, head), packed.

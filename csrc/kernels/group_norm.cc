@@ -3,20 +3,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <vector>
 
 #include "kernels/attention_cpu.h"
-#include "kernels/scratch.h"
+#include "kernels/driver.h"
 
 namespace pidiff {
 namespace {
 
 constexpr std::int64_t kBlockElements = 64 * 1024;
-
-void check(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 // What becomes of one picture's channels: x * factor + offset. sums [blocks, 2, channels] of x - pivot, pivot [channels].
 void factors(const GroupNormParams& p, std::int64_t batch, const float* pivot, const float* sums, std::int64_t blocks, float* factor,

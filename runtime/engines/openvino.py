@@ -48,7 +48,7 @@ class OpenVinoEngine:
         require(device == "cpu", "device", "be cpu with openvino", repr(device), EngineError)
         self._ov, self._spec, self._static = openvino, spec, static
         self._config, self._cache = _config(threads, precision), private_cache("openvino")
-        self._bound, self._given, self._request, self._requests, self._alike, self._ran = {}, {}, None, OrderedDict(), {}, set()
+        self._bound, self._given, self._request, self._requests, self._ran = {}, {}, None, OrderedDict(), set()
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
         self._large = large = sum(op.get_byte_size() for op in _constants(self._model)) >= LARGE_BYTES
@@ -122,37 +122,37 @@ class OpenVinoEngine:
 
     def _request_for(self, given):
         """Return the inference request that is compiled for the shapes of these arrays."""
-        shapes, key, alike = self._shapes(given)
-        if self._large and self._static and key not in self._requests and list(self._alike.values()).count(alike) == KEPT_SHAPES:
+        shapes, alike = self._shapes(given)
+        key = alike, tuple(shapes.values())
+        if self._large and self._static and key not in self._requests and sum(kept == alike for kept, _ in self._requests) == KEPT_SHAPES:
             self._any_batch = True      # numbers of pictures vary: compiling for each would take longer than it gains
             self._requests.clear()
-            self._alike.clear()
             self._request = None        # its memory is needed
-            shapes, key, alike = self._shapes(given)
+            shapes, _ = self._shapes(given)
+            key = alike, alike
         if key not in self._requests:
             while len(self._requests) >= KEPT_SHAPES:
-                del self._alike[self._requests.popitem(last=False)[0]]
+                self._requests.popitem(last=False)
             self._requests[key] = self._try("compile", lambda: self._compile(shapes)).create_infer_request()
-            self._alike[key] = alike
         self._requests.move_to_end(key)
         return self._requests[key]
 
     def _shapes(self, given):
-        """Return (name -> what an input is compiled for, -1 for any size; that as a key; the key of all that differ in the number of pictures alone)."""
+        """Return what each input is compiled for, by name, -1 for any size; and the shapes that all share that differ in the number of pictures alone."""
         axes = {t.name: t.shape for t in self._spec.inputs if self._static} | ({ROWS: "B"} if self._shares else {})
-        one, any_batch = ({name: tuple(-1 if loose and axis == "B" else n for axis, n in zip(named, given[name].shape)) for name, named in axes.items()}
-                          for loose in (self._any_batch, True))
-        return one, tuple(one.values()), tuple(any_batch.values())
+        alike = {name: tuple(-1 if axis == "B" else n for axis, n in zip(named, given[name].shape)) for name, named in axes.items()}
+        return alike if self._any_batch else {name: given[name].shape for name in axes}, tuple(alike.values())
 
     def _compile(self, shapes):
-        model = self._model.clone() if shapes else self._model
+        model = self._model
         if shapes:
+            model = model.clone()
             model.reshape({name: list(shape) for name, shape in shapes.items()})
-        if shapes and self._large:
-            rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS")
-            use_kernels(model, rounding, threads)
-            if rounding and not self._any_batch:
-                use_group_norm(model, threads)
+            if self._large:
+                rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS")
+                use_kernels(model, rounding, threads)
+                if rounding and not self._any_batch:
+                    use_group_norm(model, threads)
         config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
         with self._packing():
             compiled = core().compile_model(model, "CPU", config)

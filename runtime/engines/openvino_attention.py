@@ -3,57 +3,27 @@
 import functools
 import platform
 
-import numpy as np
+from .openvino_node import kernel_node, kernel_threads
 
 KEYS = 1024  # from here on; for fewer, handing tensors over costs as much as is gained
-FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}  # bfloat16 as its bits
 
 
 @functools.cache
 def long_attention():
     """Return the class of the node: softmax(q k^T / sqrt(d)) v per head, q [B,S,C], k and v [B,T,C] -> [B,S,C] (csrc/kernels/attention.h)."""
-    from openvino import Op
-
     from pidiff import _C
 
-    class LongAttention(Op):
-        def __init__(self, inputs=None, **how):
-            """how: num_heads, implementation and threads of the kernel."""
-            super().__init__(self)
-            self._how = how
-            if inputs is not None:
-                self.set_arguments(inputs)
-                self.constructor_validate_and_infer_types()
-
-        def validate_and_infer_types(self):
-            self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
-
-        def clone_with_new_inputs(self, new_inputs):
-            return LongAttention(new_inputs, **self._how)
-
-        def has_evaluate(self):
-            return True
-
-        def evaluate(self, outputs, inputs):
-            q, k, v, out = (t.data.view(FLOATS[t.element_type.get_type_name()]) for t in (*inputs, *outputs))
-            _C.attention(q, k, v, out=out, **self._how)
-            return True
-
-    return LongAttention
+    return kernel_node("LongAttention", lambda q, k, v, out, **how: _C.attention(q, k, v, out=out, **how))
 
 
 def use_kernels(model, rounding, threads):
     """Give attention over `KEYS` keys and more, where their number is known, to the kernels, in place.
 
-    rounding: operands may be rounded to bfloat16. threads: at most so many, None for all. To be called before OpenVINO has bound
-    the calling thread to a processor, as it does while it works: the kernels' own threads start here.
+    rounding: operands may be rounded to bfloat16. threads: see kernel_threads.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return      # NEON's were never timed on such a processor
-    from pidiff import _C
-
-    make = long_attention()
-    how = {"implementation": "low" if rounding else "auto", "threads": min(threads or 0, _C.start_threads())}
+    make, how = long_attention(), {"implementation": "low" if rounding else "auto", "threads": kernel_threads(threads)}
     for node in model.get_ordered_ops():
         if node.get_type_name() == "ScaledDotProductAttention" and _long_and_plain(node):
             sources, joined = [_before_split(node.input_value(i)) for i in range(3)], _after_join(node)

@@ -8,51 +8,28 @@ import functools
 
 import numpy as np
 
-from .openvino_attention import FLOATS
+from .openvino_node import kernel_node, kernel_threads
 
 
 @functools.cache
 def group_norm():
     """Return the class of the node: x [B,H,W,C], shift [1 or B,C] or nothing -> [B,H,W,C] (csrc/kernels/group_norm.h)."""
-    from openvino import Op
-
     from pidiff import _C
 
-    class GroupNorm(Op):
-        def __init__(self, inputs=None, **how):
-            """how: weight, bias, num_groups, silu, epsilon and threads of the kernel."""
-            super().__init__(self)
-            self._how = how
-            if inputs is not None:
-                self.set_arguments(inputs)
-                self.constructor_validate_and_infer_types()
+    def kernel(x, *shift_and_out, **how):
+        *shift, out = shift_and_out
+        x, out = (a.reshape(len(a), -1, a.shape[-1]) for a in (x, out))
+        _C.group_norm(x, shift=shift[0] if shift else None, out=out, **how)
 
-        def validate_and_infer_types(self):
-            self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
-
-        def clone_with_new_inputs(self, new_inputs):
-            return GroupNorm(new_inputs, **self._how)
-
-        def has_evaluate(self):
-            return True
-
-        def evaluate(self, outputs, inputs):
-            (x, *shift), (out,) = ([t.data.view(FLOATS[t.element_type.get_type_name()]) for t in some] for some in (inputs, outputs))
-            x, out = (a.reshape(len(a), -1, a.shape[-1]) for a in (x, out))
-            _C.group_norm(x, shift=shift[0] if shift else None, out=out, **self._how)
-            return True
-
-    return GroupNorm
+    return kernel_node("GroupNorm", kernel)
 
 
 def use_group_norm(model, threads):
     """Give group normalisation of pictures whose shape is known to the kernel, in place, with an addition per channel before it and SiLU
-    after it. threads: see use_kernels."""
+    after it. threads: see kernel_threads."""
     from openvino import opset13 as ops
 
-    from pidiff import _C
-
-    threads = min(threads or 0, _C.start_threads())
+    threads = kernel_threads(threads)
     for node in model.get_ordered_ops():
         found = _found(node) if node.get_type_name() == "MVN" else None
         if found is None:

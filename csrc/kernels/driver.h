@@ -1,4 +1,4 @@
-// Memory that a kernel's task needs while it runs.
+// What the drivers of the kernels share: checks, and tasks with memory of their own.
 #pragma once
 
 #include <algorithm>
@@ -6,10 +6,15 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 #include "kernels/parallel.h"
 
 namespace pidiff {
+
+inline void check(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
 
 // Floats on a cache line of their own. Not by aligned_alloc: glibc before 2.38 does not take what that gave back (its bug 14581), and
 // a process would grow by every call.
