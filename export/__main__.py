@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 
 from pidiff.runtime.bundle import Bundle, shipped_bundle
+from pidiff.runtime.engine_specs import BACKENDS
+from pidiff.runtime.engines import load_engine
 from pidiff.runtime.signature import load_secret_key
 
 from . import engine_commands
@@ -47,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
                              "pictures that the exporter draws. Not with --fp16. What it gains: README")
     parser.add_argument("--attention", choices=("fused", "standard"),
                         help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain "
-                             "ONNX (implied by --engine; --engine tensorrt takes fused too where this pidiff has its plug-in)")
+                             "ONNX (implied by --engine tensorrt-rtx and tensorrt; tensorrt takes fused too where this pidiff has its plug-in)")
     parser.add_argument("--opset", type=int, choices=(18, 23), default=18, help="ONNX opset; 23 has its own Attention node (default 18)")
     parser.add_argument("--adapter", metavar="FILE", type=Path, help="published W+ Adapter weights (wplus_adapter.bin), or with --image-encoder an "
                         "IP-Adapter for Stable Diffusion 1 (ip-adapter_sd15, its light, plus and plus-face forms)")
@@ -90,8 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.model and args.require_signature:
             # Before anything of it is read as a model.
             Bundle.open(_folder(args.model, args.layout), require_signature=args.require_signature)
-        if args.check or args.engine or args.into or args.new_key:
+        if args.check or args.engine in BACKENDS or args.into or args.new_key:
             return engine_commands.run(args, argv)
+        if args.engine:
+            load_engine(args.engine)                # not after minutes of export
         return _run(args)
     except KeyboardInterrupt as stopped:
         return _fail(f"interrupted; {str(stopped) or 'nothing was written'}", 130)

@@ -29,7 +29,7 @@ def build(job: dict) -> dict:
 
     job: module (`tensorrt_rtx` or `tensorrt`), version it must have, onnx and out (paths), targets (["sm86", ...]), workspace in bytes,
     profiles ([{input: [min, opt, max]}]), fused (None, or paths: `library` of plug-ins, and `graph`, what plugin_nodes.py made of
-    onnx). Returns {"peak_rss": bytes}. Raises RuntimeError with TensorRT's own words.
+    onnx), strip (leave the weights out), timings (None, or the file with the times of kernels that builds share). Returns {"peak_rss": bytes}. Raises RuntimeError with TensorRT's own words.
     """
     trt = importlib.import_module(job["module"])
     if trt.__version__ != job["version"]:
@@ -46,6 +46,9 @@ def build(job: dict) -> dict:
     config.progress_monitor = monitor = _monitor(trt)       # noqa: F841, held here while TensorRT calls it
     if hasattr(trt, "ComputeCapability"):
         _set_targets(trt, config, job["targets"])
+    if job["strip"]:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    timings = _timings(config, job["timings"], log)
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
         for name, (low, best, high) in shapes.items():
@@ -54,6 +57,8 @@ def build(job: dict) -> dict:
             raise RuntimeError(f"the profile {shapes} was refused: {log.first}")
     # The parser owns the weights: it must live until the engine is written, as `parser` does here.
     _write(trt, builder, network, config, job["out"], log)
+    if timings is not None:
+        _keep(job["timings"], timings.serialize())
     return {"peak_rss": _peak_rss()}
 
 
@@ -77,6 +82,32 @@ def _set_targets(trt, config, targets: list[str]) -> None:
     for index, target in enumerate(targets):
         if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index):
             raise RuntimeError(f"the target {target} was refused")
+
+
+def _timings(config, path: str | None, log):
+    """The cache of a path, used by the build: which kernel is fastest is measured once for a layer, not in every graph and build."""
+    if path is None:
+        return None
+    known = b""
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            known = file.read()
+    for content in (known, b""):                    # what another GPU, version or accident left is refused, and made anew
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+        log.first = ""
+    return None
+
+
+def _keep(path: str, data) -> None:
+    """Replace the file of timings at once: another builder may be reading it. It is a help, so that what goes wrong is no error."""
+    try:
+        with open(f"{path}.{os.getpid()}", "wb") as file:
+            file.write(data)
+        os.replace(file.name, path)
+    except OSError:
+        pass
 
 
 def _write(trt, builder, network, config, out: str, log) -> None:

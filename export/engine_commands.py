@@ -11,11 +11,12 @@ from pathlib import Path
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.engine_specs import BACKENDS
 from pidiff.runtime.engine_store import EngineStore
+from pidiff.runtime.engines import ENGINES
 from pidiff.runtime.preflight import ENGINE_GRAPHS, FALLBACK, VERDICTS, preflight
 from pidiff.runtime.signature import SIGNATURE, load_secret_key, new_key
 
-from .engines import (DEFAULT_TARGETS, DEFAULT_WORKSPACE, PYTHON, EngineOptions, add_engines, check_attention, parse_targets,
-                      require_backend)
+from .engines import (DEFAULT_TARGETS, DEFAULT_WORKSPACE, PYTHON, EngineOptions, add_engines, check_attention, check_strip,
+                      parse_targets, require_backend)
 from .errors import ExportError
 from .profiles import MAX_BATCH, MAX_PEOPLE, Range, Shapes
 
@@ -23,17 +24,19 @@ from .profiles import MAX_BATCH, MAX_PEOPLE, Range, Shapes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options about engines to a parser."""
     group = parser.add_argument_group("engines: graphs compiled for certain GPUs, added to the bundle")
-    group.add_argument("--engine", choices=BACKENDS, help=f"build engines for {', '.join(ENGINE_GRAPHS)}; the other graphs "
-                       f"stay on {FALLBACK}. tensorrt-rtx needs no GPU for it, tensorrt builds on the GPU that will run it. An "
-                       "engine that is there already is not built again")
+    group.add_argument("--engine", choices=tuple(ENGINES), help=f"{' or '.join(BACKENDS)}: build engines for {', '.join(ENGINE_GRAPHS)}; "
+                       f"the other graphs stay on {FALLBACK}. tensorrt-rtx needs no GPU for it, tensorrt builds on the GPU that will run "
+                       "it. An engine that is there already is not built again. The others run the graphs as they are: nothing is built")
     group.add_argument("--into", metavar="BUNDLE", type=Path, help="in place of MODEL and OUT: add engines to this bundle")
-    group.add_argument("--target", metavar="SM,...", help="GPUs to build for, or host, the one that is here (default "
+    group.add_argument("--target", metavar="SM,...", help="GPUs to build for, or host, the one that is here, or orin (default "
                        f"{','.join(DEFAULT_TARGETS)}: GeForce RTX 30, 40, 50; host with tensorrt)")
     group.add_argument("--batch", default="1", metavar="N", help="pictures made at once; N, or MIN:OPT:MAX (default 1)")
     group.add_argument("--people", default="1", metavar="N", help="people in one picture; N, or MIN:OPT:MAX (default 1)")
     group.add_argument("--size", metavar="N", help="of pictures in pixels; N, or MIN:OPT:MAX (default: the model's own)")
     group.add_argument("--workspace", type=int, default=DEFAULT_WORKSPACE, metavar="MIB",
                        help="GPU scratch memory that a layer may use (default %(default)s MiB)")
+    group.add_argument("--strip", action="store_true", help="leave the weights out of the engines, which take them from the bundle's own "
+                       "files when they are loaded: they are on the disk once, and loading takes longer. Needs a GPU, and standard attention")
     group.add_argument("--force", action="store_true", help="build even if memory is predicted not to suffice")
     group.add_argument("--sign", metavar="KEY.key", type=Path, help="sign the bundle: OUT, or the one that --into names, with or "
                        "without more engines. A change without --sign drops a signature, and says so")
@@ -54,6 +57,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         work = args.engine or args.sign
         if args.into and not work or not args.into and work:
             parser.error("--into needs --engine or --sign, --check and --new-key take none")
+        if args.into and args.engine not in (None, *BACKENDS):
+            parser.error(f"--into builds engines, and {args.engine} runs the graphs of any bundle as they are")
     elif args.out is None:
         parser.error("the following arguments are required: MODEL, OUT (or --into BUNDLE, or --check BUNDLE)")
 
@@ -71,10 +76,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             store.sign(secret)
         return 0
     check_attention(args.engine, args.attention or "standard")
+    if args.strip:
+        check_strip(args.engine, args.attention or "standard")
     size = None if args.size is None else Range.parse("size", args.size, 8192)
     shapes = Shapes(Range.parse("batch", args.batch, MAX_BATCH), Range.parse("people", args.people, MAX_PEOPLE), size)
-    options = EngineOptions(args.engine, parse_targets(args.target, args.engine), shapes, args.workspace, args.force, secret,
-                            args.require_signature if args.into else None)
+    options = EngineOptions(args.engine, parse_targets(args.target, args.engine), shapes, args.workspace, args.force,
+                            args.strip, secret, args.require_signature if args.into else None)
     if args.into is None:
         if (args.out / "manifest.json").is_file():
             raise ExportError(f"out must be a new or empty directory, got the bundle {args.out}: --into adds engines to it")

@@ -23,6 +23,7 @@ from pidiff.runtime.engine_specs import TARGETS, EngineFile, EngineSet, engine_p
 from pidiff.runtime.engine_store import EngineStore
 from pidiff.runtime.engines import ENGINES
 from pidiff.runtime.engines.tensorrt import installed_version, plugin_library, plugin_problem
+from pidiff.runtime.files import private_cache
 from pidiff.runtime.preflight import ENGINE_GRAPHS
 from pidiff.runtime.signature import SecretKey
 
@@ -34,6 +35,7 @@ from .profiles import Shapes, profiles_of
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")      # GeForce RTX 30, 40 and 50
 DEFAULT_WORKSPACE = 1024
+_NAMES = {"orin": "sm87", "thor": "sm110"}       # Jetsons
 # The current folder may hold files of any name: none of them is a module here.
 PYTHON = [sys.executable, "-c", "import sys; sys.path = [p for p in sys.path if p]; from {} import main; sys.exit(main({}))"]
 _BUILDER = [*PYTHON[:2], PYTHON[2].format("pidiff.export.build_engine", "")]
@@ -44,7 +46,8 @@ Report = Callable[[str, float], None]            # graph, part of its build that
 @dataclass(frozen=True)
 class EngineOptions:
     """backend: `tensorrt-rtx` or `tensorrt`. targets: GPUs to build for. shapes: what the engines take. workspace: MiB of scratch memory
-    that a layer may use on the GPU. force: build even where memory is predicted not to suffice. secret: key to sign the bundle
+    that a layer may use on the GPU. force: build even where memory is predicted not to suffice. strip: leave the weights out of the
+    engines. secret: key to sign the bundle
     with when it is done. require_signature: public key that it must be signed by before."""
 
     backend: str = "tensorrt-rtx"
@@ -52,6 +55,7 @@ class EngineOptions:
     shapes: Shapes = Shapes()
     workspace: int = DEFAULT_WORKSPACE
     force: bool = False
+    strip: bool = False
     secret: SecretKey | None = None
     require_signature: Path | None = None
 
@@ -73,10 +77,11 @@ class Job:
 
 
 def parse_targets(text: str | None, backend: str) -> tuple[str, ...]:
-    """Read `sm89,sm120` or `host`, the GPU of this machine; returns the targets in order, each once. None: DEFAULT_TARGETS,
+    """Read `sm89,sm120`, `orin` or `host`, the GPU of this machine; returns the targets in order, each once. None: DEFAULT_TARGETS,
     or for TensorRT, which builds for the GPU that it builds on, that one."""
     known, only_host = TARGETS[backend], backend == "tensorrt"
-    targets = set((text or ("host" if only_host else ",".join(DEFAULT_TARGETS))).split(","))
+    named = (text or ("host" if only_host else ",".join(DEFAULT_TARGETS))).split(",")
+    targets = {_NAMES.get(name, name) for name in named}
     gpu, reason = find_gpu() if only_host or "host" in targets else (None, "")
     if "host" in targets:
         if gpu is None:
@@ -116,9 +121,11 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
     version = require_backend(options.backend)
     with EngineStore(path, options.require_signature) as store:
         engines = EngineSet(options.backend, version, options.targets, {})
-        jobs = [j for j in plan(Bundle(path, store.manifest), engines, options.shapes)
+        if options.strip:
+            check_strip(options.backend, store.manifest.attention)
+        jobs = [j for j in plan(Bundle(path, store.manifest), engines, options.shapes, options.strip)
                 if not _is_built(store.manifest, engines, j)]
-        check_disk(path, {j.graph: j.weight_bytes for j in jobs})
+        check_disk(path, {j.graph: j.weight_bytes - j.engine.left_out for j in jobs})
         if not options.force:
             check_memory({j.graph: j.weight_bytes for j in jobs})
         peaks, whole = {}, False
@@ -137,13 +144,22 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
         return store.manifest.engines[engines.id], peaks
 
 
-def plan(bundle: Bundle, engines: EngineSet, shapes: Shapes) -> list[Job]:
+def check_strip(backend: str, attention: str) -> None:
+    """Raise ExportError if engines without weights cannot be built here from graphs with this attention."""
+    if attention == "fused":
+        raise ExportError("attention must be standard with --strip, for TensorRT's own reader of graphs fills the weights in, got fused")
+    gpu, reason = find_gpu()
+    if gpu is None:
+        raise ExportError(f"strip must be used on a machine with a GPU, without which {backend} leaves no weights out, got none: {reason}")
+
+
+def plan(bundle: Bundle, engines: EngineSet, shapes: Shapes, strip: bool = False) -> list[Job]:
     """What a whole set of engines consists of, in the order of ENGINE_GRAPHS."""
     check_attention(engines.backend, bundle.manifest.attention, f"; export the bundle again with --engine {engines.backend}")
-    return [_job(bundle, engines, graph, shapes) for graph in ENGINE_GRAPHS]
+    return [_job(bundle, engines, graph, shapes, strip) for graph in ENGINE_GRAPHS]
 
 
-def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes) -> Job:
+def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes, strip: bool) -> Job:
     file, known = bundle.graph(graph).file, bundle.manifest.files
     axes, locations, size = read_graph(bundle.file(file))
     for location in locations - set(known):
@@ -152,7 +168,7 @@ def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes) -> Job:
     profiles = tuple({name: tuple(map(tuple, sizes)) for name, sizes in p.items()}
                      for p in profiles_of(bundle, graph, axes, shapes))
     return Job(graph, bundle.path / file,
-               EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles), size,
+               EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles, size if strip else 0), size,
                bundle.manifest.attention == "fused")
 
 
@@ -184,7 +200,7 @@ def _build(job: Job, engines: EngineSet, workspace: int, part: Path, report: Rep
     """Run the builder process for one graph; returns its peak memory in bytes."""
     request = {"module": ENGINES[engines.backend][2], "version": engines.version, "onnx": str(job.onnx.absolute()),
                "out": str(part.absolute()), "targets": engines.targets, "workspace": workspace << 20,
-               "profiles": job.engine.profiles, "fused": None}
+               "profiles": job.engine.profiles, "fused": None, "strip": job.engine.left_out > 0, "timings": _timings(engines)}
     answer = {}
     with tempfile.TemporaryFile("w+") as messages, tempfile.NamedTemporaryFile(suffix=".onnx") as graph:
         if job.fused:
@@ -211,6 +227,13 @@ def _build(job: Job, engines: EngineSet, workspace: int, part: Path, report: Rep
         raise ExportError(f"graph {job.graph} must be built by {engines.backend} {engines.version}, "
                           f"got {_what_happened(status, said, workspace)}; engines that are done are kept")
     return answer["peak_rss"]
+
+
+def _timings(engines: EngineSet) -> str | None:
+    """Where builds of this set keep what they measured of kernels: in the user's own cache, because TensorRT trusts it. TensorRT-RTX,
+    which measures nothing while it builds, has none."""
+    folder = private_cache("tensorrt") if engines.backend == "tensorrt" else None
+    return None if folder is None else str(folder / f"{engines.id}.timings")
 
 
 def _lines(stdout) -> Iterator[tuple[float, dict | None]]:

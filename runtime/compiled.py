@@ -28,11 +28,13 @@ class CompiledEngines:
     def load(self, graph):
         """Return the Engine of a graph. Its file is hashed here, and what was hashed is what TensorRT gets. PidiffError, before it is
         read, if it is more than the limit."""
-        engines = self._sets[graph]
-        self._scratch.device.check(self._bundle.manifest.files[engines.graphs[graph].file].size, f"the engine of {graph}")
+        engines, spec = self._sets[graph], self._bundle.graph(graph)
+        engine = engines.graphs[graph]
+        self._scratch.device.check(self._bundle.manifest.files[engine.file].size + engine.left_out, f"the engine of {graph}")
         return load_engine(self.backend)(
-            self.backend, self._bundle.engine(engines.id, graph), self._bundle.graph(graph), engines.graphs[graph].profiles,
-            self._scratch, lambda shapes: self._command(engines, graph, shapes), self._bundle.manifest.attention == "fused")
+            self.backend, self._bundle.engine(engines.id, graph), spec, engine.profiles, self._scratch,
+            lambda shapes: self._command(engines, graph, shapes), self._bundle.manifest.attention == "fused",
+            (self._bundle.file(spec.file), engine.left_out) if engine.left_out else None)
 
     def most_images(self, guided):
         """Return the largest number of pictures that UNet and VAE decoder take at once, None for any."""

@@ -3,10 +3,10 @@
     "engines": {"tensorrt-rtx-sm86+sm89-1.7.1.116": {
         "backend": "tensorrt-rtx", "version": "1.7.1.116", "targets": ["sm86", "sm89"],
         "graphs": {"unet": {"file": "engines/tensorrt-rtx-sm86+sm89-1.7.1.116/unet.engine",
-                            "onnx_sha256": "...", "weights_sha256": "...",
+                            "onnx_sha256": "...", "weights_sha256": "...", "left_out": 0,
                             "profiles": [{"latents": [[2,4,64,64], [2,4,64,64], [2,4,64,64]], ...}]}}}}
 
-A profile gives, for every input, the smallest, the best and the largest shape that the engine takes.
+A profile gives, for every input, the smallest, the best and the largest shape that the engine takes. `left_out` came with version 4.
 """
 
 import re
@@ -29,13 +29,15 @@ _VERSION = re.compile(r"[0-9][0-9A-Za-z.]{0,31}")
 class EngineFile:
     """One compiled graph: its file, digests of the graph and of its weights, and its profiles in the engine's order.
 
-    profiles: tuple of {input name: (smallest, best, largest shape)}.
+    profiles: tuple of {input name: (smallest, best, largest shape)}. left_out: bytes of weights that are not in the engine, and
+    are read from the graph's own files when it is loaded; 0: they are all in it.
     """
 
     file: str
     onnx_sha256: str
     weights_sha256: str
     profiles: tuple
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def engine_path(name, graph):
     return f"{ENGINE_FOLDER}/{name}/{graph}.engine"
 
 
-def parse_engines(data, graphs, files):
-    """Check the manifest's `engines` object against its graphs and files; returns set name -> EngineSet."""
+def parse_engines(data, graphs, files, complete=False):
+    """Check the manifest's `engines` object against its graphs and files; returns set name -> EngineSet. complete: of a version in
+    which every engine has its weights, and nothing says so."""
     sets = {}
     for name, item in data.items():
         at = Reader(f"engines.{short(name)}", item)
@@ -74,7 +77,7 @@ def parse_engines(data, graphs, files):
         expected = engine_id(backend, targets, version)
         if name != expected:
             raise BundleError(f"engines must be named after backend, targets and version, {expected}, got {short(name)}")
-        engines = {g: _engine(expected, g, e, graphs, files) for g, e in at.mapping("graphs").items()}
+        engines = {g: _engine(expected, g, e, graphs, files, complete) for g, e in at.mapping("graphs").items()}
         sets[name] = EngineSet(backend, version, tuple(targets), engines)
     listed = {e.file for s in sets.values() for e in s.graphs.values()}
     for path in files:
@@ -83,9 +86,9 @@ def parse_engines(data, graphs, files):
     return sets
 
 
-def _engine(name, graph, data, graphs, files):
+def _engine(name, graph, data, graphs, files, complete):
     at = Reader(f"engines.{name}.{short(graph)}", data)
-    at.keys(EngineFile.__dataclass_fields__)
+    at.keys([k for k in EngineFile.__dataclass_fields__ if k != "left_out" or not complete])
     if graph not in graphs:
         raise BundleError(f"{at.where} must belong to a graph of the bundle, got none of that name")
     file = at.text("file")
@@ -96,7 +99,7 @@ def _engine(name, graph, data, graphs, files):
         raise BundleError(f"{at.where} onnx_sha256 must be that of {graphs[graph].file}, got {onnx[:16]}...")
     profiles = at.get("profiles", lambda v: isinstance(v, list) and 0 < len(v) <= 16, "a list of profiles")
     return EngineFile(file, onnx, at.sha256("weights_sha256"),
-                      tuple(_profile(f"{at.where} profiles", p, graphs[graph]) for p in profiles))
+                      tuple(_profile(f"{at.where} profiles", p, graphs[graph]) for p in profiles), 0 if complete else at.size("left_out"))
 
 
 def _profile(where, data, graph):

@@ -11,7 +11,7 @@ from .errors import BundleError
 from .signature import SIGNATURE
 from .strict import PART, SHA256, Reader, parse_json, short, to_plain
 
-SCHEMA_VERSION = 3          # 2 added `engines`, 3 `float32_layers`; older ones are read and mean that there are none
+SCHEMA_VERSION = 4          # 2 added `engines`, 3 `float32_layers`, 4 `left_out` of engines; older ones are read and mean that there are none
 _SINCE = {"engines": 2, "float32_layers": 3}
 MANIFEST = "manifest.json"
 REPORTS = ("report.json", "report.html")      # the verification report: for people, no part of what runs
@@ -156,7 +156,7 @@ class Manifest:
             name=at.text("name"), family=at.one_of("family", ("sd1",)),
             precision=at.one_of("precision", ("fp32", "fp16", "int8")), attention=at.one_of("attention", ("fused", "standard")),
             opset=at.integer("opset"), files=files, model=_model(at.mapping("model")),
-            graphs=graphs, engines=parse_engines(at.mapping("engines"), graphs, files) if version > 1 else {},
+            graphs=graphs, engines=parse_engines(at.mapping("engines"), graphs, files, version < 4) if version > 1 else {},
             scheduler=_scheduler(at.mapping("scheduler")), sources=_texts("sources", at.mapping("sources"), SHA256),
             licences=_texts("licences", at.mapping("licences")), tools=_texts("tools", at.mapping("tools")),
             parity={k: Reader(f"parity.{k}", v).numbers("max_abs", "mean_abs", "max_rel")

@@ -139,4 +139,6 @@ def rebuild_command(bundle, engines, targets, **wider):
             default = bundle.manifest.model.image_size if option == "--size" else 1
             if set(sizes) != {default}:
                 words += [option, ":".join(map(str, sizes))]
+    if any(engine.left_out for engine in engines.graphs.values()):
+        words.append("--strip")
     return shlex.join(words)

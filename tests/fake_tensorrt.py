@@ -133,6 +133,7 @@ def make_module(driver, name="tensorrt_rtx", version="1.7.1.116", capturable=Tru
         def __init__(self, runtime, data):
             self._runtime, self._log, self._data, self._names = runtime, runtime._log, data, list(data["io"])
             self.num_io_tensors, self.num_optimization_profiles = len(self._names), len(data["profiles"])
+            self._filled = not data.get("stripped")
 
         def get_tensor_name(self, index):
             return self._names[index]
@@ -158,6 +159,26 @@ def make_module(driver, name="tensorrt_rtx", version="1.7.1.116", capturable=Tru
 
         def __del__(self):
             trt.events.append("engine")
+
+    class Refitter:
+        """Takes the weights of one graph, the engine's own."""
+
+        def __init__(self, engine, logger):
+            self._engine, self._log, self._read = engine, logger, False
+
+        def refit_cuda_engine(self):
+            if not self._read or trt.fail == "refit_cuda_engine":
+                return refuse(self._log, "weights are missing")
+            self._engine._filled = True
+            return True
+
+    class OnnxParserRefitter:
+        def __init__(self, refitter, logger):
+            self._refitter, self._log = refitter, logger
+
+        def refit_from_file(self, model):
+            self._refitter._read = model == self._refitter._engine._data["onnx"]
+            return self._refitter._read or refuse(self._log, f"not the model of this engine: {model}")
 
     class IRuntimeConfig:
         def set_execution_context_allocation_strategy(self, strategy):
@@ -200,6 +221,7 @@ def make_module(driver, name="tensorrt_rtx", version="1.7.1.116", capturable=Tru
 
         def execute_async_v3(self, stream):
             assert driver.library.fake_is_current(), "no context is current"
+            assert self._engine._filled, "an engine without its weights was run"
             if trt.fail == "execute_async_v3" or driver.library.fake_is_capturing(stream) and not (self._warm and capturable):
                 driver.library.fake_break_capture(stream)
                 return refuse(self._log, "Error Code 9: the stream is being captured")
@@ -256,4 +278,5 @@ def make_module(driver, name="tensorrt_rtx", version="1.7.1.116", capturable=Tru
         del Runtime.engine_header_size, Runtime.get_engine_validity
     trt.ILogger, trt.Runtime, trt.ICudaEngine, trt.IExecutionContext = ILogger, Runtime, ICudaEngine, IExecutionContext
     trt.IPluginRegistry, trt.get_plugin_registry = IPluginRegistry, lambda: registry
+    trt.Refitter, trt.OnnxParserRefitter = Refitter, OnnxParserRefitter
     return trt

@@ -125,7 +125,7 @@ def test_manifest_size_limit(copy):
 
 @pytest.mark.parametrize("text, match", [
     (b"", "valid JSON"), (b"{", "valid JSON"), (b"\xff\xfe{}", "valid JSON"), (b"[" * 100_000, "valid JSON"),
-    (b"[]", "schema_version must be 1 to 3"), (b"3", "schema_version must be 1"), (b"{}", "schema_version must be 1"),
+    (b"[]", "schema_version must be 1 to 4"), (b"3", "schema_version must be 1"), (b"{}", "schema_version must be 1"),
     (b'{"schema_version": 1, "schema_version": 1}', "must not repeat a key, got 'schema_version' twice"),
     (b'{"schema_version": NaN}', "must hold finite numbers, got NaN"),
     (b'{"schema_version": 1}', "must have the key 'name'"), (b'{"schema_version": 2}', "must have the key 'name'"),
@@ -135,10 +135,10 @@ def test_broken_json(copy, text, match):
     refused(copy, match)
 
 
-@pytest.mark.parametrize("version", [0, 4, 99, "2", 2.0, True, None])
+@pytest.mark.parametrize("version", [0, 5, 99, "2", 2.0, True, None])
 def test_unknown_schema_version(copy, version):
     edit(copy, lambda m: m.update(schema_version=version))
-    refused(copy, "schema_version must be 1 to 3 for this PIDiff, got .*: export the bundle again")
+    refused(copy, "schema_version must be 1 to 4 for this PIDiff, got .*: export the bundle again")
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../b", "a//b", ".hidden", "a\\b", "a/", "", "C:x", "x\0y", "a\nb",

@@ -44,10 +44,10 @@ def test_a_bundle_of_version_1_loads_and_is_upgraded_by_adding_an_engine(plain, 
 
     path = edit(Path(shutil.copytree(plain, tmp_path / "b")), to_version_1)
     manifest = Bundle.open(path).manifest
-    assert manifest.engines == {} and manifest.schema_version == 3 and manifest.float32_layers == {}
+    assert manifest.engines == {} and manifest.schema_version == 4 and manifest.float32_layers == {}
     assert Manifest.from_dict(manifest.to_dict()) == manifest
     add(path, unet=b"x")
-    assert json.loads((path / "manifest.json").read_text())["schema_version"] == 3
+    assert json.loads((path / "manifest.json").read_text())["schema_version"] == 4
     assert list(Bundle.open(path).manifest.engines) == [NAME]
 
 
@@ -61,6 +61,14 @@ def test_version_1_knows_no_engines_and_version_2_needs_them(bundle):
     edit(bundle, lambda m: (m.update(schema_version=2), m.pop("engines")))
     with pytest.raises(BundleError, match="must have the key 'engines'"):
         Bundle.open(bundle)
+
+
+def test_engines_of_version_3_have_their_weights(bundle):
+    edit(add(bundle, unet=b"x"), lambda m: m.update(schema_version=3))
+    with pytest.raises(BundleError, match="must not have unknown keys, got 'left_out'"):
+        Bundle.open(bundle)
+    edit(bundle, lambda m: [engine.pop("left_out") for engine in m["engines"][NAME]["graphs"].values()])
+    assert {e.left_out for e in Bundle.open(bundle).manifest.engines[NAME].graphs.values()} == {0}
 
 
 # --- handing out -----------------------------------------------------------------------------------------------------
@@ -126,13 +134,14 @@ UNET = (NAME, "graphs", "unet")
     (at(*UNET, "file", value="schedule.json"), "file must be engines/.*/unet.engine and listed in files, got 'schedule.json'"),
     (at(*UNET, "onnx_sha256", value="1" * 64), "onnx_sha256 must be that of unet.onnx, got 1111"),
     (at(*UNET, "weights_sha256", value="1"), "weights_sha256 must be a sha256 digest"),
+    (at(*UNET, "left_out", value=-1), "left_out must be a size in bytes"),
     (at(*UNET, "profiles", value=[]), "profiles must be a list of profiles"),
     (at(*UNET, "profiles", 0, value={}), "must have the key 'latents'"),
     (at(*UNET, "profiles", 0, "id_scale", value=[[1], [1]]), "smallest, best and largest shape"),
     (at(*UNET, "profiles", 0, "id_scale", value=[[1, 1]] * 3), "smallest, best and largest shape"),
     (at(*UNET, "profiles", 0, "id_scale", value=[[2], [1], [2]]), "smallest, best and largest shape"),
     (at(*UNET, "profiles", 0, "time_row", value=[[1, 6]] * 3), "smallest, best and largest shape"),
-    (at(NAME, "graphs", "nothing", value={"file": "", "onnx_sha256": "", "weights_sha256": "", "profiles": []}),
+    (at(NAME, "graphs", "nothing", value={"file": "", "onnx_sha256": "", "weights_sha256": "", "profiles": [], "left_out": 0}),
      "must belong to a graph of the bundle"),
     (lambda m: m["engines"][NAME]["graphs"].pop("unet"), "files must list engines only that the section engines describes"),
     (lambda m: m["files"].pop(f"engines/{NAME}/unet.engine"), "listed in files"),

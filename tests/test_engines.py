@@ -25,12 +25,13 @@ from pidiff.runtime.engines import tensorrt
 from pidiff.runtime.preflight import ENGINE_GRAPHS
 
 NAME = "tensorrt-rtx-sm86+sm89+sm120-9.9"
-# A builder: reads the job, notes the graph, writes a file.
+# A builder: reads the job, notes graph and job, writes a file.
 BUILDER = """
 import json, sys, os, signal, time
 job = json.load(sys.stdin)
 graph = os.path.basename(job["onnx"])[:-5]
 open({log!r}, "a").write(graph + "\\n")
+json.dump(job, open({log!r} + ".job", "w"))
 open(job["out"], "wb").write(b"half")
 if graph == {victim!r}:
     {misfortune}
@@ -132,6 +133,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(capsys, bundle, builder, monke
     assert "target must be host for tensorrt, which builds for the GPU that is here, got sm89" in said
     assert main(["--into", str(bundle), "--engine", "tensorrt", "--quiet"]) == 0 and built() == list(ENGINE_GRAPHS)
     assert list(Bundle.open(bundle).manifest.engines) == ["tensorrt-sm87-10.3.0"]
+    assert main(["--into", str(bundle), "--engine", "tensorrt", "--target", "orin", "--quiet"]) == 0 and built() == list(ENGINE_GRAPHS)
     monkeypatch.setattr(engines, "find_gpu", lambda: (None, "no NVIDIA driver"))
     assert "be a machine with a GPU for tensorrt, got host: no" in refused(capsys, "--into", bundle, "--engine", "tensorrt")
 
@@ -142,6 +144,38 @@ def test_not_installed_is_told_before_an_export_begins(capsys, bundle, monkeypat
         assert "engine must be installed, got tensorrt-rtx: tensorrt_rtx is not" in refused(
             capsys, *arguments, "--engine", "tensorrt-rtx")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_left_out_where_a_gpu_is(capsys, bundle, builder, monkeypatch, tmp_path):
+    built, gpu = builder(), Gpu("GPU", "sm89", "13.0")
+    monkeypatch.setattr(engines, "find_gpu", lambda: (None, "no NVIDIA driver"))
+    strip = ("--into", bundle, "--engine", "tensorrt-rtx", "--strip")
+    assert ("strip must be used on a machine with a GPU, without which tensorrt-rtx leaves no weights out, got none: no NVIDIA driver"
+            in refused(capsys, *strip))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (gpu, ""))
+    fused = edit(shutil.copytree(bundle, tmp_path / "fused"), lambda m: m.update(attention="fused"))
+    assert "attention must be standard with --strip" in refused(capsys, "--into", fused, *strip[2:])
+    assert built() == [] and build(bundle) == 0 and _sizes(bundle) == {0}
+    assert not json.loads((tmp_path / "log.job").read_text())["strip"]
+    assert build(bundle, "--strip") == 0 and built() == 2 * list(ENGINE_GRAPHS), "another engine of the same graph"
+    assert min(_sizes(bundle)) > 0 and json.loads((tmp_path / "log.job").read_text())["strip"]
+    assert build(bundle, "--strip") == 0 and built() == 2 * list(ENGINE_GRAPHS)
+
+
+def _sizes(bundle):
+    return {e.left_out for e in Bundle.open(bundle).manifest.engines[NAME].graphs.values()}
+
+
+def test_timings_are_the_users_own_and_tensorrts_alone(bundle, builder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(engines, "find_gpu", lambda: (Gpu("Orin", "sm87", "12.6"), ""))
+    job = lambda: json.loads((tmp_path / "log.job").read_text())
+    builder(version="10.3.0")
+    assert main(["--into", str(bundle), "--engine", "tensorrt", "--quiet"]) == 0
+    folder = tmp_path / "cache" / "tensorrt"
+    assert job()["timings"] == str(folder / "tensorrt-sm87-10.3.0.timings") and folder.stat().st_mode & 0o777 == 0o700
+    builder()
+    assert build(bundle) == 0 and job()["timings"] is None
 
 
 @pytest.mark.parametrize("arguments", [["--into", "b"], ["mini", "out", "--into", "b", "--engine", "tensorrt-rtx"], ["mini"],
@@ -354,4 +388,4 @@ def test_real_engines_of_mini_from_one_command(rtx, tmp_path):
         assert bundle.manifest.files[engine.file].size > weights[graph], "an engine holds its weights"
         assert peaks[graph] < memory.needed_memory(weights[graph]), graph
     assert built["unet"].profiles[0]["latents"] == ((2, 64, 8, 8),) * 3
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 3
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 4

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 from safetensors.torch import load_file, save_file
 from tiny_model import write_model
 
+from pidiff.export import __main__ as command_line
 from pidiff.export import bundle as exporter
 from pidiff.export.__main__ import main
 
@@ -63,6 +64,18 @@ def test_a_schedule_that_the_runtime_cannot_sample(capsys, model, tmp_path, chan
     file = model / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     assert words in refused(capsys, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_that_runs_graphs_as_they_are_must_be_here(capsys, engine, monkeypatch):
+    """Nothing is built for it, and it cannot be added to a bundle."""
+    done = []
+    monkeypatch.setattr(command_line, "_run", lambda args: done.append(args.engine) or 0)
+    monkeypatch.setattr(command_line, "load_engine", lambda name: done.append(f"is {name} here?"))
+    assert main(["mini", "out", "--fp16", "--engine", engine]) == 0 and done == [f"is {engine} here?", engine]
+    with pytest.raises(SystemExit) as stopped:
+        main(["--into", "b", "--engine", engine])
+    assert stopped.value.code == 2 and f"{engine} runs the graphs of any bundle as they are" in capsys.readouterr().err
 
 
 def test_missing_model(capsys, tmp_path):

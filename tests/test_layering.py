@@ -14,7 +14,7 @@ PACKAGES = {"pidiff": ROOT / "pidiff", "pidiff.export": ROOT / "export", "pidiff
 VENDORS = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", "cuda"}
 # What the exporter knows of the runtime beside the bundle's format: engines in it, and where they can run.
 ENGINE_BUILDS = ("pidiff.runtime.engine_specs", "pidiff.runtime.engine_store", "pidiff.runtime.preflight", "pidiff.runtime.cuda",
-                 "pidiff.runtime.engines.tensorrt", "pidiff.runtime.signature", "pidiff.runtime.memory")
+                 "pidiff.runtime.engines.tensorrt", "pidiff.runtime.signature", "pidiff.runtime.memory", "pidiff.runtime.files")
 # What the runtime can sample is asked before an export.
 SCHEDULE = ("pidiff.runtime.schedule",)
 # With what the verification report runs graphs and draws its picture: as a user would.

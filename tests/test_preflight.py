@@ -114,7 +114,9 @@ def test_the_command_builds_the_same_shapes(built, machine, tmp_path, capsys):
     command = preflight(Bundle.open(path)).findings[0].command
     args = build_parser().parse_args(shlex.split(command)[1:])
     assert (args.into, args.engine, args.target) == (path, "tensorrt-rtx", "sm120")
-    assert (args.batch, args.people, args.size) == ("1:2:4", "1:2:3", "32:32:64")
+    assert (args.batch, args.people, args.size, args.strip) == ("1:2:4", "1:2:3", "32:32:64", False)
+    edit(path, lambda m: next(iter(m["engines"].values()))["graphs"]["unet"].update(left_out=5))
+    assert build_parser().parse_args(shlex.split(preflight(Bundle.open(path)).findings[0].command)[1:]).strip
 
 
 def test_a_tampered_engine_is_an_error_and_no_verdict(built, machine, tmp_path, capsys):

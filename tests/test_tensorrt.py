@@ -13,7 +13,7 @@ pytest.importorskip("onnx")
 from fake_tensorrt import BACKENDS, SOURCE, engine_bytes, make_module, profiles
 from tiny_bundle import write_tiny_bundle
 
-from pidiff.runtime import EngineError, cuda
+from pidiff.runtime import EngineError, PidiffError, cuda
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.engines import call, load_engine, new_array
 from pidiff.runtime.engines.tensorrt import TensorRtEngine
@@ -26,11 +26,11 @@ def bundle(tmp_path_factory):
     return Bundle.open(write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle"))
 
 
-def make(bundle, graph, *rows, backend="tensorrt-rtx", scratch=None, **more):
+def make(bundle, graph, *rows, backend="tensorrt-rtx", scratch=None, left_out=None, **more):
     spec, made = bundle.graph(graph), profiles(bundle.graph(graph), *(rows or ((1, 1, 1),)))
     frozen = tuple({n: tuple(map(tuple, shapes)) for n, shapes in p.items()} for p in made)
     return TensorRtEngine(backend, engine_bytes(bundle.file(spec.file), spec, made, **more), spec, frozen,
-                          scratch or cuda.Scratch(cuda.Device()), lambda shapes: "the command")
+                          scratch or cuda.Scratch(cuda.Device()), lambda shapes: "the command", left_out=left_out)
 
 
 def unet_arrays(engine, rng, rows, people=1, own=True):
@@ -66,7 +66,7 @@ def test_every_name_is_in_the_real_module(driver):
     real = pytest.importorskip("tensorrt_rtx")
     fake = make_module(driver)
     assert isinstance(real.get_plugin_registry(), real.IPluginRegistry)
-    for kind in ("ILogger", "Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IPluginRegistry", "TensorIOMode", "TensorLocation",
+    for kind in ("ILogger", "Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IPluginRegistry", "Refitter", "OnnxParserRefitter", "TensorIOMode", "TensorLocation",
                  "DataType", "ExecutionContextAllocationStrategy", "DynamicShapesKernelSpecializationStrategy", "EngineValidity"):
         names = [n for n in vars(getattr(fake, kind)) if not n.startswith("_") and n not in ("ready",)]
         assert names and not [n for n in names if not hasattr(getattr(real, kind), n)], kind
@@ -283,6 +283,31 @@ def test_engines_that_are_not_what_the_manifest_says(bundle, gpu, rng, change, s
         return check(engine, bundle, arrays)
     with pytest.raises(EngineError, match=sentence):
         make(bundle, "unet", **change)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_were_left_out_come_from_the_graph(bundle, driver, gpu, rng, backend):
+    trt = gpu(backend)
+    unet, vae = (bundle.file(bundle.graph(g).file) for g in ("unet", "vae_decoder"))
+    engine = make(bundle, "unet", backend=backend, stripped=True, left_out=(unet, 1000), scratch=cuda.Scratch(cuda.Device(1 << 20)))
+    arrays = unet_arrays(engine, rng, 1)
+    engine.bind(arrays, CONSTANT)
+    engine.run()
+    check(engine, bundle, arrays)
+    with pytest.raises(EngineError, match="graph unet must read the weights that it lacks in .*, got: not the model of this engine"):
+        make(bundle, "unet", backend=backend, stripped=True, left_out=(vae, 1000))
+    trt.fail = "refit_cuda_engine"
+    with pytest.raises(EngineError, match="graph unet must take the weights that it lacks in .*, got: weights are missing"):
+        make(bundle, "unet", backend=backend, stripped=True, left_out=(unet, 1000))
+    engine.close()
+
+
+def test_weights_that_were_left_out_count(bundle, gpu):
+    """They take the GPU's memory like those in an engine."""
+    gpu()
+    unet = bundle.file(bundle.graph("unet").file)
+    with pytest.raises(PidiffError, match="the engine of unet"):
+        make(bundle, "unet", stripped=True, left_out=(unet, 1 << 30), scratch=cuda.Scratch(cuda.Device(1 << 20)))
 
 
 def test_wrong_engines_and_refusals(bundle, gpu, rng):

@@ -77,12 +77,12 @@ class TensorRtEngine:
     backend: its name in ENGINES. data: the engine, as Bundle.engine returned it after checking its hash. spec: GraphSpec.
     profiles: those of its EngineFile. scratch: cuda.Scratch, shared by engines that never run at the same time.
     rebuild(shapes): returns the command that builds an engine for these input shapes. fused: the engine may hold nodes of the
-    domain `pidiff`. Raises EngineError.
+    domain `pidiff`. left_out: None, or the .onnx file whose weights the engine lacks, and their bytes. Raises EngineError.
     """
 
     _graph = _context = _spare = _engine = _stream = _give_back = loop = None
 
-    def __init__(self, backend, data, spec, profiles, scratch, rebuild, fused=False):
+    def __init__(self, backend, data, spec, profiles, scratch, rebuild, fused=False, left_out=None):
         self._trt, self._backend = importlib.import_module(ENGINES[backend][2]), backend
         self._spec, self._profiles, self._scratch, self._rebuild = spec, profiles, scratch, rebuild
         self._name, self._device, self._log = Path(spec.file).stem, scratch.device, _logger(self._trt)
@@ -92,11 +92,14 @@ class TensorRtEngine:
         self._stream = Stream(self._device)
         if fused:
             self._load_plugins()
-        # Its file is about what it takes on the GPU for its weights.
-        self._device.take(len(data), f"the engine of {self._name}")
-        self._give_back = weakref.finalize(self, self._device.give, len(data))
+        # Its file is about what it takes on the GPU for its weights, but for those that it lacks.
+        onnx, missing = left_out or (None, 0)
+        self._device.take(len(data) + missing, f"the engine of {self._name}")
+        self._give_back = weakref.finalize(self, self._device.give, len(data) + missing)
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._done(self._runtime.deserialize_cuda_engine(data), "deserialise")
+        if onnx:
+            self._fill_in(onnx)
         self._check()
         self._spare = self._make_context()      # for whoever needs one first, so that an engine that has none is found now
 
@@ -215,6 +218,12 @@ class TensorRtEngine:
             problem = plugin_problem(self._backend)
             require(not problem, f"graph {self._name}", f"have its plug-in for {self._backend}", problem, EngineError)
             self._done(registry.load_library(str(plugin_library())), "load its plug-in")
+
+    def _fill_in(self, onnx):
+        """Give the engine the weights that were left out of it, from the graph that it was made of."""
+        refitter = self._trt.Refitter(self._engine, self._log)
+        self._done(self._trt.OnnxParserRefitter(refitter, self._log).refit_from_file(str(onnx)), "read the weights that it lacks")
+        self._done(refitter.refit_cuda_engine(), "take the weights that it lacks")
 
     def _check(self):
         """Compare the engine with what the manifest says about it."""
