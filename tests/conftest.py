@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:     # one of two processes
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PIDIFF_CACHE"] = "off"  # the user's cache is no place for tests
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import onnxruntime before pidiff, which sets this
 
 import numpy as np
 import pytest

@@ -1,0 +1,36 @@
+"""ONNX Runtime reports its use to a web service from its import on, and keeps the reports, and a number of the machine, in the home folder.
+Nothing of that may happen by PIDiff. (OpenVINO's: test_openvino.py.)"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRAW = ("from pidiff.runtime import Pipeline\n"
+        "Pipeline.from_bundle(sys.argv[1], engine='onnxruntime', threads=1).prepare('a photo')")
+IMPORTS = {
+    "runtime": DRAW, "export": "import pidiff.export.errors", "evaluation": "import pidiff.evaluate.protocol", "training": "import pidiff.data.factors",
+}
+
+
+def home_after(code, folder, bundle, **environment):
+    """Names of the files that a process of its own left in its home folder."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}\nimport onnxruntime, time; time.sleep(0.5)", str(bundle)], cwd=Path(__file__).parent,
+                          env={**clean, "HOME": str(folder), **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return sorted(p.name for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("what", IMPORTS)
+def test_nothing_is_reported(what, tiny, tmp_path):
+    assert home_after(IMPORTS[what], tmp_path, tiny) == []
+
+
+def test_the_users_own_wish_is_respected():
+    code = "import os, pidiff; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    said = lambda **env: subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, cwd=Path(__file__).parent, text=True,
+                                        capture_output=True, check=True).stdout
+    assert said(ORT_DISABLE_TELEMETRY="0") == "0\n"
