@@ -17,12 +17,13 @@ from .device_loop import make_denoiser
 from .diagnosis import located
 from .engine_specs import BACKENDS
 from .engines import AUTO, ENGINES, PRECISIONS, bind_new, call, choose_engine, fall_back, load_engine
-from .errors import EngineError, NotFinite, PidiffError, require
+from .errors import EngineError, NotFinite, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
-from .memory import STAGE_OF, Budget, check_limit, give_back
-from .options import Options, check_levels, resolve_mask, resolve_people, resolve_seeds
+from .memory import STAGE_OF, STAGES, Budget, check_limit, give_back
+from .options import MAX_PEOPLE, Options, check_levels, resolve_mask, resolve_people, resolve_seeds
 from .presets import resolve_preset
+from .progress import Progress
 from .result import Result
 from .schedule import make_schedule
 from .sizes import decode_in_tiles, is_free, latent_shape
@@ -209,7 +210,7 @@ class Pipeline:
         images, maps = [], []
         chunks, decode = self._chunks(seeds, batch, options.guided, shape, tile), partial(self._decode, tile=tile)
         try:
-            with _Progress(callback, progress, options.steps * len(chunks), decode) as watch:
+            with Progress(callback, progress, options.steps * len(chunks), decode) as watch:
                 for latents, identity_map in self._denoised(plan, chunks, options, conditions, shape, watch):
                     images += list(decode(latents))
                     maps.append(identity_map)
@@ -219,6 +220,30 @@ class Pipeline:
         self.seconds["total"] = time.perf_counter() - begun
         return Result(images, None if maps[0] is None else np.concatenate(maps), seeds, self.seconds, self.engine,
                       self.device, options.scheduler, options.steps, float(options.guidance_scale))
+
+    def warm_up(self, people=1, enroll=False, **options):
+        """Load and compile, and on a GPU capture, what a picture with these options of `generate` needs: the first one is as fast as the
+        next ones then.
+
+        people: how many it will show. enroll: also what reads a photo. It draws nobody: on the processor two steps, but all where steps
+        differ (`guidance_interval`, `cache_interval`, other presets than exact), and on a GPU two pictures of different prompts, since what
+        has run before is captured. Raises what `generate` raises, PidiffError with keep=False.
+        """
+        require(self._keep, "keep", "be True for warm_up, which loads what is kept", False)
+        require(type(people) is int and 1 <= people <= MAX_PEOPLE, "people", f"be an integer in [1, {MAX_PEOPLE}]", repr(people))
+        model = self.bundle.manifest.model
+        alike = options.get("preset", "exact") == "exact" and not {"guidance_interval", "cache_interval"} & set(options)
+        drawn = {"id_mask": [(0, 0, 1, 1)] * people, "seed": 0, **options}
+        if alike and self.device == "cpu":
+            drawn["num_inference_steps"] = 2
+        for code, prompt in enumerate([""] if self.device == "cpu" else ["", "a photo"]):
+            crowd = [Identity(np.full((model.w_plus_layers, model.w_plus_dim), code, np.float32))] * people
+            self.generate(crowd, prompt, **drawn)
+        if enroll:
+            side = model.face_size
+            for graph in (g for g in STAGES["enroll"] if g in self.bundle.manifest.graphs):
+                self._graph(graph)
+            call(self._graph("w_plus_encoder"), {"face": np.zeros((1, 3, side, side), np.float32)})
 
     def _tiles(self, tiled, shape):
         """Return what sides of tiles the decoder may work by, None for whole pictures, the best first."""
@@ -354,37 +379,6 @@ class _Recent:
         while len(self._items) > self._size:
             self._items.popitem(last=False)
         return self._items[key]
-
-
-class _Progress:
-    """Counts steps over all batches, for the caller's callback and the bar."""
-
-    def __init__(self, callback, bar, total, decode):
-        if callback is not None and not callable(callback):
-            raise PidiffError(f"callback must be callable or None, got {type(callback).__name__}")
-        self._callback, self._total, self._done, self._decode, self._bar = callback, total, 0, decode, None
-        if bar:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit="step", leave=False)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.close()
-
-    @property
-    def on_step(self):
-        """What the loop calls after every step; None where nobody watches, for it may have to wait and copy for it."""
-        return self._step if self._callback or self._bar is not None else None
-
-    def _step(self, step, latents, denoised):
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update()
-        return bool(self._callback(self._done, self._total, lambda: self._decode(denoised))) if self._callback else False
 
 
 def _first(*values):

@@ -66,6 +66,16 @@ def test_a_picture_of_the_same_sizes_replays_the_graph(compiled, driver, gpu, st
     assert (done["uploads"], done["downloads"]) == (5 + 3 + 1, 6 + 2 + 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_images": 2}, {"preset": "balanced", "num_inference_steps": 10}])
+def test_the_first_picture_after_warming_up_replays_graphs(compiled, driver, gpu, steps, options):
+    path, backend = compiled
+    gpu(backend)
+    pipe = Pipeline.from_bundle(path, engine=backend, threads=1)
+    pipe.warm_up(scheduler="ddim", **options)
+    done = difference(driver, lambda: pipe.generate(person(), PROMPT, seed=3, scheduler="ddim", **options))
+    assert done["launches"] > 2 and "captures" not in done and "allocations" not in done
+
+
 def test_a_preview_may_move_the_scratch_memory(compiled, gpu, steps):
     """The decoder's run between two steps makes it larger: the step is captured again."""
     path, backend = compiled

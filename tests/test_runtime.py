@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -160,6 +161,30 @@ def test_prompts_and_plans_are_kept(pipe):
 
 
 # --- progress, cancel, interrupts ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [{}, {"preset": "fast"}, {"people": 2}])
+def test_after_warming_up_nothing_is_loaded(tiny, monkeypatch, options):
+    pipe, loaded = Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1), []
+    load = pipe._load
+    monkeypatch.setattr(pipe, "_load", lambda name: loaded.append(name) or load(name))
+    pipe.warm_up(enroll=True, **options)
+    assert "w_plus_encoder" in loaded and "unet" in loaded and "vae_decoder" in loaded
+    known = len(loaded)
+    people = options.pop("people", 1)
+    code = pipe.bundle.manifest.model
+    person = Identity(np.ones((code.w_plus_layers, code.w_plus_dim), np.float32))
+    pipe.generate([person] * people, "a photo", id_mask=[(0, 0, 1, 1)] * people, **options)
+    pipe.enroll(Path(__file__).resolve().parent.parent / "examples" / "person-1.jpg") if "face_pnet" in pipe.bundle.manifest.graphs else None
+    assert len(loaded) == known
+
+
+def test_warming_up_in_vain(tiny):
+    with pytest.raises(PidiffError, match="keep must be True for warm_up, which loads what is kept, got False"):
+        Pipeline.from_bundle(tiny, keep=False).warm_up()
+    for people in (0, 9, True):
+        with pytest.raises(PidiffError, match="people must be an integer in .1, 8., got"):
+            Pipeline.from_bundle(tiny).warm_up(people)
+
 
 def test_callback_sees_every_step_and_previews(pipe):
     seen = []
