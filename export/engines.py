@@ -164,11 +164,12 @@ def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes, strip: 
     axes, locations, size = read_graph(bundle.file(file))
     for location in locations - set(known):
         raise ExportError(f"graph {graph} must keep its weights in files of the bundle, got {location}")
+    gpu, _ = find_gpu()
     digest = hashlib.sha256("".join(f"{l} {known[l].sha256}\n" for l in sorted(locations)).encode()).hexdigest()
     profiles = tuple({name: tuple(map(tuple, sizes)) for name, sizes in p.items()}
                      for p in profiles_of(bundle, graph, axes, shapes))
     return Job(graph, bundle.path / file,
-               EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles, size if strip else 0), size,
+               EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles, size if strip else 0, gpu.driver if gpu else ""), size,
                bundle.manifest.attention == "fused")
 
 

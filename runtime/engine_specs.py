@@ -3,14 +3,14 @@
     "engines": {"tensorrt-rtx-sm86+sm89-1.7.1.116": {
         "backend": "tensorrt-rtx", "version": "1.7.1.116", "targets": ["sm86", "sm89"],
         "graphs": {"unet": {"file": "engines/tensorrt-rtx-sm86+sm89-1.7.1.116/unet.engine",
-                            "onnx_sha256": "...", "weights_sha256": "...", "left_out": 0,
+                            "onnx_sha256": "...", "weights_sha256": "...", "left_out": 0, "driver": "12.6",
                             "profiles": [{"latents": [[2,4,64,64], [2,4,64,64], [2,4,64,64]], ...}]}}}}
 
-A profile gives, for every input, the smallest, the best and the largest shape that the engine takes. `left_out` came with version 4.
+A profile gives, for every input, the smallest, the best and the largest shape that the engine takes. `left_out` and `driver` came with version 4.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import BundleError
 from .strict import Reader, short
@@ -30,7 +30,8 @@ class EngineFile:
     """One compiled graph: its file, digests of the graph and of its weights, and its profiles in the engine's order.
 
     profiles: tuple of {input name: (smallest, best, largest shape)}. left_out: bytes of weights that are not in the engine, and
-    are read from the graph's own files when it is loaded; 0: they are all in it.
+    are read from the graph's own files when it is loaded; 0: they are all in it. driver: newest CUDA version of the driver of the machine that
+    built it, "" where there was none; another one makes it no other engine.
     """
 
     file: str
@@ -38,6 +39,7 @@ class EngineFile:
     weights_sha256: str
     profiles: tuple
     left_out: int = 0
+    driver: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def engine_path(name, graph):
 
 def parse_engines(data, graphs, files, complete=False):
     """Check the manifest's `engines` object against its graphs and files; returns set name -> EngineSet. complete: of a version in
-    which every engine has its weights, and nothing says so."""
+    which every engine has its weights, and nothing says so, nor what driver was there."""
     sets = {}
     for name, item in data.items():
         at = Reader(f"engines.{short(name)}", item)
@@ -88,7 +90,7 @@ def parse_engines(data, graphs, files, complete=False):
 
 def _engine(name, graph, data, graphs, files, complete):
     at = Reader(f"engines.{name}.{short(graph)}", data)
-    at.keys([k for k in EngineFile.__dataclass_fields__ if k != "left_out" or not complete])
+    at.keys([k for k in EngineFile.__dataclass_fields__ if k not in ("left_out", "driver") or not complete])
     if graph not in graphs:
         raise BundleError(f"{at.where} must belong to a graph of the bundle, got none of that name")
     file = at.text("file")
@@ -97,9 +99,11 @@ def _engine(name, graph, data, graphs, files, complete):
     onnx = at.sha256("onnx_sha256")
     if onnx != files[graphs[graph].file].sha256:
         raise BundleError(f"{at.where} onnx_sha256 must be that of {graphs[graph].file}, got {onnx[:16]}...")
+    left_out, driver = (0, "") if complete else (
+        at.size("left_out"), at.get("driver", lambda v: isinstance(v, str) and (not v or _VERSION.fullmatch(v)), "a version number or empty"))
     profiles = at.get("profiles", lambda v: isinstance(v, list) and 0 < len(v) <= 16, "a list of profiles")
     return EngineFile(file, onnx, at.sha256("weights_sha256"),
-                      tuple(_profile(f"{at.where} profiles", p, graphs[graph]) for p in profiles), 0 if complete else at.size("left_out"))
+                      tuple(_profile(f"{at.where} profiles", p, graphs[graph]) for p in profiles), left_out, driver)
 
 
 def _profile(where, data, graph):

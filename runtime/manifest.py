@@ -11,7 +11,7 @@ from .errors import BundleError
 from .signature import SIGNATURE
 from .strict import PART, SHA256, Reader, parse_json, short, to_plain
 
-SCHEMA_VERSION = 4          # 2 added `engines`, 3 `float32_layers`, 4 `left_out` of engines; older ones are read and mean that there are none
+SCHEMA_VERSION = 4          # 2 added `engines`, 3 `float32_layers`, 4 `left_out` and `driver` of engines; older ones are read and mean that there are none
 _SINCE = {"engines": 2, "float32_layers": 3}
 MANIFEST = "manifest.json"
 REPORTS = ("report.json", "report.html")      # the verification report: for people, no part of what runs

@@ -84,9 +84,11 @@ def _judge(bundle, engines, graph, gpu, reason):
         return finding("fallback", why)
     fits = gpu.target in engines.targets
     command = rebuild_command(bundle, engines, engines.targets if fits else (gpu.target,))
+    driver = engines.graphs[graph].driver
+    beside = f" with a driver for CUDA {driver}" if driver else ""
     if version != engines.version:
-        return finding("rebuild", f"it was built by {engines.backend} {engines.version}, here is {version}", command)
-    other = f"it was built for {', '.join(engines.targets)}, here is {gpu.target}"
+        return finding("rebuild", f"it was built by {engines.backend} {engines.version}{beside}, here is {version}", command)
+    other = f"it was built for {', '.join(engines.targets)}{beside}, here is {gpu.target}"
     size = tensorrt.header_size(engines.backend)
     if size is None:
         return finding("ok") if fits else finding("rebuild", other, command)

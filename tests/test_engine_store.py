@@ -67,7 +67,7 @@ def test_engines_of_version_3_have_their_weights(bundle):
     edit(add(bundle, unet=b"x"), lambda m: m.update(schema_version=3))
     with pytest.raises(BundleError, match="must not have unknown keys, got 'left_out'"):
         Bundle.open(bundle)
-    edit(bundle, lambda m: [engine.pop("left_out") for engine in m["engines"][NAME]["graphs"].values()])
+    edit(bundle, lambda m: [(engine.pop("left_out"), engine.pop("driver")) for engine in m["engines"][NAME]["graphs"].values()])
     assert {e.left_out for e in Bundle.open(bundle).manifest.engines[NAME].graphs.values()} == {0}
 
 
@@ -135,13 +135,14 @@ UNET = (NAME, "graphs", "unet")
     (at(*UNET, "onnx_sha256", value="1" * 64), "onnx_sha256 must be that of unet.onnx, got 1111"),
     (at(*UNET, "weights_sha256", value="1"), "weights_sha256 must be a sha256 digest"),
     (at(*UNET, "left_out", value=-1), "left_out must be a size in bytes"),
+    (at(*UNET, "driver", value="new"), "driver must be a version number or empty"),
     (at(*UNET, "profiles", value=[]), "profiles must be a list of profiles"),
     (at(*UNET, "profiles", 0, value={}), "must have the key 'latents'"),
     (at(*UNET, "profiles", 0, "id_scale", value=[[1], [1]]), "smallest, best and largest shape"),
     (at(*UNET, "profiles", 0, "id_scale", value=[[1, 1]] * 3), "smallest, best and largest shape"),
     (at(*UNET, "profiles", 0, "id_scale", value=[[2], [1], [2]]), "smallest, best and largest shape"),
     (at(*UNET, "profiles", 0, "time_row", value=[[1, 6]] * 3), "smallest, best and largest shape"),
-    (at(NAME, "graphs", "nothing", value={"file": "", "onnx_sha256": "", "weights_sha256": "", "profiles": [], "left_out": 0}),
+    (at(NAME, "graphs", "nothing", value={"file": "", "onnx_sha256": "", "weights_sha256": "", "profiles": [], "left_out": 0, "driver": ""}),
      "must belong to a graph of the bundle"),
     (lambda m: m["engines"][NAME]["graphs"].pop("unet"), "files must list engines only that the section engines describes"),
     (lambda m: m["files"].pop(f"engines/{NAME}/unet.engine"), "listed in files"),

@@ -132,7 +132,9 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(capsys, bundle, builder, monke
     said = refused(capsys, "--into", bundle, "--engine", "tensorrt", "--target", "sm89")
     assert "target must be host for tensorrt, which builds for the GPU that is here, got sm89" in said
     assert main(["--into", str(bundle), "--engine", "tensorrt", "--quiet"]) == 0 and built() == list(ENGINE_GRAPHS)
-    assert list(Bundle.open(bundle).manifest.engines) == ["tensorrt-sm87-10.3.0"]
+    built_here = Bundle.open(bundle).manifest.engines
+    assert list(built_here) == ["tensorrt-sm87-10.3.0"] and {e.driver for e in built_here["tensorrt-sm87-10.3.0"].graphs.values()} == {"12.6"}
+    monkeypatch.setattr(engines, "find_gpu", lambda: (Gpu("Orin", "sm87", "12.8"), ""))      # a newer driver makes them no others
     assert main(["--into", str(bundle), "--engine", "tensorrt", "--target", "orin", "--quiet"]) == 0 and built() == list(ENGINE_GRAPHS)
     monkeypatch.setattr(engines, "find_gpu", lambda: (None, "no NVIDIA driver"))
     assert "be a machine with a GPU for tensorrt, got host: no" in refused(capsys, "--into", bundle, "--engine", "tensorrt")

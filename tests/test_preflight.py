@@ -75,6 +75,15 @@ def test_verdicts(case, built, machine, capsys):
     assert said.count(f"rebuild with: {command}\n") == (len(ENGINE_GRAPHS) if target else 0)
 
 
+def test_the_driver_of_the_build_is_told(built, machine, tmp_path):
+    path = shutil.copytree(built, tmp_path / "b")
+    edit(path, lambda m: next(iter(m["engines"].values()))["graphs"]["unet"].update(driver="12.6"))
+    machine(version="1.8")
+    found = {f.graph: f.why for f in preflight(Bundle.open(path)).findings}
+    assert found["unet"] == "it was built by tensorrt-rtx 1.7.1.116 with a driver for CUDA 12.6, here is 1.8"
+    assert found["vae_decoder"] == "it was built by tensorrt-rtx 1.7.1.116, here is 1.8"
+
+
 def test_every_graph_counts_at_its_best_engine(built, machine, tmp_path):
     path = shutil.copytree(built, tmp_path / "b")
     add(path, ("sm89",), unet=b"the unet for one card")
