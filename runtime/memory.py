@@ -12,6 +12,7 @@ import mmap
 import re
 import sys
 import threading
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -186,6 +187,18 @@ class Predictor:
             header = parse_json(handle.read(int.from_bytes(handle.read(8), "little")), file)
         kinds = [v.get("dtype") for k, v in header.items() if k != "__metadata__"]
         return 2 if next((k for k in kinds if k in ("F16", "F32")), "F32") == "F16" else 4
+
+
+def fits_whole(bundle, loading):
+    """Return whether all graphs of a bundle may stay loaded at once: False, and a warning, if that is predicted to take more memory than
+    is available. loading: see Predictor."""
+    room, predictor = available_memory(), Predictor(bundle, loading)
+    need = sum(predictor.graph(name) for graphs in STAGES.values() for name in graphs if name in bundle.manifest.graphs)
+    if room is None or need <= room:
+        return True
+    warnings.warn(f"memory is short, {room // MIB} MiB of {need // MIB}: graphs are loaded anew for every picture and let go; keep=True keeps them, "
+                  "keep=False says nothing", stacklevel=4)
+    return False
 
 
 def check_limit(limit):

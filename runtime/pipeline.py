@@ -20,7 +20,7 @@ from .engines import AUTO, ENGINES, PRECISIONS, bind_new, call, choose_engine, f
 from .errors import EngineError, NotFinite, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
-from .memory import STAGE_OF, STAGES, Budget, check_limit, give_back
+from .memory import STAGE_OF, STAGES, Budget, check_limit, fits_whole, give_back
 from .options import MAX_PEOPLE, Options, check_levels, resolve_mask, resolve_people, resolve_seeds
 from .presets import resolve_preset
 from .progress import Progress
@@ -48,7 +48,6 @@ class Pipeline:
                 "be an integer in [1, 1024] or None", repr(threads))
         self.bundle, self.device, self.threads, self.precision = bundle, device, threads, precision
         self.seconds, self._may_fall_back = {}, engine == AUTO and max_memory is None
-        self._keep = max_memory is None if keep is None else bool(keep)
         check_limit(max_memory)
         size = sum(f.size for f in bundle.manifest.files.values())
         load_engine(engine if engine != AUTO else "onnxruntime")         # installed at all?
@@ -62,6 +61,7 @@ class Pipeline:
         else:
             self.engine = choose_engine(device, size) if engine == AUTO else engine
             self._engine_class = load_engine(self.engine)
+        self._keep = bool(keep) if keep is not None else max_memory is None and (self.device != "cpu" or fits_whole(bundle, self._loading))
         on_gpu = max_memory is not None and self.device == "cuda"
         self._budget = DeviceBudget(bundle, max_memory, self._keep, sessions=self._compiled is None) if on_gpu else \
             Budget(bundle, max_memory, self._keep, ENGINES[self.engine][2], self._loading)
@@ -82,7 +82,7 @@ class Pipeline:
         decoder in bfloat16 where the processor has it, and ONNX Runtime the UNet's long self-attention (fused bundles),
         which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
-        denoising, decoding); None is True without max_memory. max_memory: bytes that this process shall not exceed, or where
+        denoising, decoding); None is True without max_memory, but where the machine's memory is too short for that. max_memory: bytes that this process shall not exceed, or where
         a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work
         that does not fit is refused.
         Raises BundleError, EngineError.

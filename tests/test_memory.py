@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,20 @@ def test_one_stage_at_a_time_gives_the_same_pictures(tiny, monkeypatch):
     assert all(len({STAGE_OF[name] for name in loaded}) == 1 for loaded in loads)
     assert [name for name, *_ in loads].count("unet") == [name for name, *_ in loads].count("vae_decoder") == 1
     assert len(alone._engines) == 1 and len(kept._engines) > 6
+
+
+def test_graphs_stay_loaded_where_they_fit(tiny, monkeypatch):
+    """Unless somebody says it: a machine with little memory draws slower, and is not brought down."""
+    kept = lambda **options: Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1, **options)._keep
+    assert kept() and not kept(max_memory=1 << 40)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    assert kept()
+    monkeypatch.setattr(memory, "available_memory", lambda: 20 * MIB)
+    with pytest.warns(UserWarning, match=r"memory is short, 20 MiB of \d+: graphs are loaded anew for every picture"):
+        assert not kept()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kept(keep=True) and not kept(keep=False)
 
 
 def test_sizes():
