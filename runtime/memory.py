@@ -38,6 +38,8 @@ _MADV_DONTNEED = 4          # Linux's number
 _LENGTH = re.compile(rb"\n\x06length\x12[\x01-\x14](\d+)")
 _LOCATION = re.compile(rb"\n\x08location\x12.([\w./-]+?\.safetensors)")
 _CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (("", "memory.max", "memory.current", "inactive_file"),                                              # control groups of version 2, 1
+           ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -63,11 +65,11 @@ def available_memory():
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) << 10)
-    # Not where there is no control group of version 2, or its limit is "max".
-    with suppress(OSError, ValueError, KeyError):
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        found.append(limit - used + int(counts["inactive_file"]))        # the file cache gives way
+    for folder, limit, used, cache in _LIMITS:
+        with suppress(OSError, ValueError, KeyError):       # no such control group, or its limit is "max"
+            limit, used = (int((_CGROUP / folder / name).read_text()) for name in (limit, used))
+            counts = dict(line.split() for line in (_CGROUP / folder / "memory.stat").read_text().splitlines())
+            found.append(limit - used + int(counts[cache]))     # the file cache gives way
     return min(found, default=None)
 
 

@@ -1,8 +1,11 @@
 """Memory: graphs of one stage at a time, and a limit that is kept or refused with the need."""
 
+import contextlib
 import mmap
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -158,6 +161,13 @@ def test_a_container_has_its_own_limit(tmp_path, monkeypatch):
     assert machine > 100 << 20
     (tmp_path / "memory.max").write_text("max\n")
     assert abs(memory.available_memory() - machine) < 4 << 30
+    first = tmp_path / "memory"                                         # of version 1, whose limit may be none, too
+    first.mkdir()
+    for limit, available in (("9223372036854771712", machine), ("800000", 300_000)):
+        for name, text in {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": "600000", "memory.stat": "total_inactive_file 100000"}.items():
+            (first / name).write_text(text)
+        assert abs(memory.available_memory() - available) < (4 << 30 if available == machine else 1)
+    shutil.rmtree(first)
     for name, text in {"memory.max": "1000000\n", "memory.current": "400000\n",
                        "memory.stat": "anon 5\ninactive_file 100000\n"}.items():
         (tmp_path / name).write_text(text)
@@ -173,6 +183,31 @@ sys.exit(code)
 """
 
 
+@contextlib.contextmanager
+def control_group(limit):
+    """A control group with so many MiB of memory and no swap: what takes more is killed. Yields the file that takes process numbers,
+    None where no group can be made."""
+    for parent, name in (("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")):
+        folder = Path(parent, f"pidiff-test-{os.getpid()}")
+        try:
+            folder.mkdir()
+            (folder / name).write_text(str(limit * MIB))
+        except OSError:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            continue
+        try:
+            yield folder / "cgroup.procs"
+        finally:
+            for _ in range(100):                    # until the system has taken its processes away
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+                    break
+                time.sleep(0.05)
+        return
+    yield None
+
+
 @needs_mini
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
@@ -183,9 +218,9 @@ def test_the_limit_is_kept_or_refused(tmp_path, engine):
     arguments = ["--face", photo, "--prompt", "a photo of a person", "--out", tmp_path / "out.png", "--seed", "1", "--steps", "2",
                  "--num-images", "3", "--threads", "1", "--engine", engine]
 
-    def run(limit):
-        return subprocess.run([sys.executable, "-c", COMMAND, *map(str, arguments), "--max-memory", limit], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=300)
+    def run(limit, group="/dev/null"):
+        return subprocess.run(["sh", "-c", f'echo $$ > {group}; exec "$@"', "sh", sys.executable, "-c", COMMAND, *map(str, arguments), "--max-memory",
+                               limit], cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     refused = run("120M")
     need = re.search(r"max_memory must be at least (\d+) MiB for this bundle and this work, got 120 MiB", refused.stderr)
@@ -197,3 +232,6 @@ def test_the_limit_is_kept_or_refused(tmp_path, engine):
     assert peak <= int(need[1]) * MIB, f"{peak / MIB:.0f} MiB over {need[1]}"
     assert peak > 0.5 * int(need[1]) * MIB, "a prediction that refuses what would fit twice is no prediction"
     assert len(list(tmp_path.iterdir())) == 3
+    for part, status in ((1, 0), (3, -signal.SIGKILL)):      # the system's own measure
+        with control_group(int(need[1]) // part) as group:
+            assert group is None or run(f"{need[1]}M", group).returncode == status
