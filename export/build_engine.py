@@ -5,6 +5,7 @@ killer, ends this process and no other. Job: a JSON object on stdin. Answer: lin
 goes on, then a JSON object; where the exit status is 1, the reason on stderr.
 """
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -102,12 +103,14 @@ def _timings(config, path: str | None, log):
 
 def _keep(path: str, data) -> None:
     """Replace the file of timings at once: another builder may be reading it. It is a help, so that what goes wrong is no error."""
-    try:
-        with open(f"{path}.{os.getpid()}", "wb") as file:
-            file.write(data)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+    part = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+            os.replace(part, path)
+        except OSError:
+            os.unlink(part)
 
 
 def _write(trt, builder, network, config, out: str, log) -> None:

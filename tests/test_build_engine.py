@@ -34,7 +34,10 @@ def test_timings_are_used_and_kept(tmp_path, content, used):
     assert config.used == used and log.first == ""
     build_engine._keep(str(path), cache.serialize())
     assert path.read_bytes() == b"ours and more" and os.listdir(tmp_path) == ["timings"]
-    build_engine._keep(str(tmp_path / "none" / "timings"), b"x")            # no error
+    build_engine._keep(str(tmp_path / "none" / "timings"), b"x")            # no error, and nothing is left
+    (tmp_path / "taken").mkdir()
+    build_engine._keep(str(tmp_path / "taken"), b"x")
+    assert sorted(os.listdir(tmp_path)) == ["taken", "timings"]
     assert build_engine._timings(config, None, log) is None
 
 
