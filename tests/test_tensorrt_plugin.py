@@ -352,7 +352,7 @@ def test_tensorrt_rtx_parses_mini_with_it_and_builds_an_engine(library, tmp_path
     # The parser adds plug-ins through a library that it looks for under this name, which the wheel does not have.
     (tmp_path / "libtensorrt_rtx.so").symlink_to(next(Path(libraries.__file__).parent.glob("libtensorrt_rtx.so.*")))
     job = {"module": "tensorrt_rtx", "version": trt.__version__, "onnx": str(file), "out": str(tmp_path / "unet.engine"),
-           "targets": ["sm89"], "workspace": 1 << 30, "profiles": profiles, "fused": {"library": str(library), "graph": str(graph)}}
+           "targets": ["sm89"], "workspace": 1 << 30, "profiles": profiles, "fused": {"library": str(library), "graph": str(graph)}, "strip": False, "timings": None}
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     command = [sys.executable, "-c", "from pidiff.export.build_engine import main; main()"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
