@@ -13,6 +13,9 @@ import os
 import signal
 import sys
 
+from pidiff.runtime.errors import PidiffError
+from pidiff.runtime.files import write_atomic
+
 _SET_PARENT_DEATH_SIGNAL = 1        # prctl option, Linux
 
 
@@ -30,7 +33,8 @@ def build(job: dict) -> dict:
 
     job: module (`tensorrt_rtx` or `tensorrt`), version it must have, onnx and out (paths), targets (["sm86", ...]), workspace in bytes,
     profiles ([{input: [min, opt, max]}]), fused (None, or paths: `library` of plug-ins, and `graph`, what plugin_nodes.py made of
-    onnx), strip (leave the weights out), timings (None, or the file with the times of kernels that builds share). Returns {"peak_rss": bytes}. Raises RuntimeError with TensorRT's own words.
+    onnx), strip (leave the weights out), timings (None, or the file with the times of kernels that builds share). Returns
+    {"peak_rss": bytes}. Raises RuntimeError with TensorRT's own words.
     """
     trt = importlib.import_module(job["module"])
     if trt.__version__ != job["version"]:
@@ -103,14 +107,8 @@ def _timings(config, path: str | None, log):
 
 def _keep(path: str, data) -> None:
     """Replace the file of timings at once: another builder may be reading it. It is a help, so that what goes wrong is no error."""
-    part = f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-            os.replace(part, path)
-        except OSError:
-            os.unlink(part)
+    with contextlib.suppress(PidiffError):
+        write_atomic(path, data)
 
 
 def _write(trt, builder, network, config, out: str, log) -> None:

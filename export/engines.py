@@ -121,8 +121,6 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
     version = require_backend(options.backend)
     with EngineStore(path, options.require_signature) as store:
         engines = EngineSet(options.backend, version, options.targets, {})
-        if options.strip:
-            check_strip(options.backend, store.manifest.attention)
         jobs = [j for j in plan(Bundle(path, store.manifest), engines, options.shapes, options.strip)
                 if not _is_built(store.manifest, engines, j)]
         check_disk(path, {j.graph: j.weight_bytes - j.engine.left_out for j in jobs})
@@ -156,21 +154,22 @@ def check_strip(backend: str, attention: str) -> None:
 def plan(bundle: Bundle, engines: EngineSet, shapes: Shapes, strip: bool = False) -> list[Job]:
     """What a whole set of engines consists of, in the order of ENGINE_GRAPHS."""
     check_attention(engines.backend, bundle.manifest.attention, f"; export the bundle again with --engine {engines.backend}")
-    return [_job(bundle, engines, graph, shapes, strip) for graph in ENGINE_GRAPHS]
+    if strip:
+        check_strip(engines.backend, bundle.manifest.attention)
+    gpu, _ = find_gpu()
+    return [_job(bundle, engines, graph, shapes, strip, gpu.driver if gpu else "") for graph in ENGINE_GRAPHS]
 
 
-def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes, strip: bool) -> Job:
+def _job(bundle: Bundle, engines: EngineSet, graph: str, shapes: Shapes, strip: bool, driver: str) -> Job:
     file, known = bundle.graph(graph).file, bundle.manifest.files
     axes, locations, size = read_graph(bundle.file(file))
     for location in locations - set(known):
         raise ExportError(f"graph {graph} must keep its weights in files of the bundle, got {location}")
-    gpu, _ = find_gpu()
     digest = hashlib.sha256("".join(f"{l} {known[l].sha256}\n" for l in sorted(locations)).encode()).hexdigest()
     profiles = tuple({name: tuple(map(tuple, sizes)) for name, sizes in p.items()}
                      for p in profiles_of(bundle, graph, axes, shapes))
-    return Job(graph, bundle.path / file,
-               EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles, size if strip else 0, gpu.driver if gpu else ""), size,
-               bundle.manifest.attention == "fused")
+    engine = EngineFile(engine_path(engines.id, graph), known[file].sha256, digest, profiles, size if strip else 0, driver)
+    return Job(graph, bundle.path / file, engine, size, bundle.manifest.attention == "fused")
 
 
 def read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], set[str], int]:

@@ -21,6 +21,7 @@ ENGINE_FOLDER = "engines"
 TARGETS = {"tensorrt-rtx": ("sm80", "sm86", "sm89", "sm120", "sm121"),
            "tensorrt": ("sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121")}
 BACKENDS = tuple(TARGETS)
+_SINCE = {"left_out": 4, "driver": 4}       # versions of the manifest; an older one means the default
 _TARGET = re.compile(r"sm[1-9][0-9]{1,2}")
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.]{0,31}")
 
@@ -67,9 +68,8 @@ def engine_path(name, graph):
     return f"{ENGINE_FOLDER}/{name}/{graph}.engine"
 
 
-def parse_engines(data, graphs, files, complete=False):
-    """Check the manifest's `engines` object against its graphs and files; returns set name -> EngineSet. complete: of a version in
-    which every engine has its weights, and nothing says so, nor what driver was there."""
+def parse_engines(data, graphs, files, schema):
+    """Check the `engines` object of a manifest of version `schema` against its graphs and files; returns set name -> EngineSet."""
     sets = {}
     for name, item in data.items():
         at = Reader(f"engines.{short(name)}", item)
@@ -79,7 +79,7 @@ def parse_engines(data, graphs, files, complete=False):
         expected = engine_id(backend, targets, version)
         if name != expected:
             raise BundleError(f"engines must be named after backend, targets and version, {expected}, got {short(name)}")
-        engines = {g: _engine(expected, g, e, graphs, files, complete) for g, e in at.mapping("graphs").items()}
+        engines = {g: _engine(expected, g, e, graphs, files, schema) for g, e in at.mapping("graphs").items()}
         sets[name] = EngineSet(backend, version, tuple(targets), engines)
     listed = {e.file for s in sets.values() for e in s.graphs.values()}
     for path in files:
@@ -88,9 +88,9 @@ def parse_engines(data, graphs, files, complete=False):
     return sets
 
 
-def _engine(name, graph, data, graphs, files, complete):
+def _engine(name, graph, data, graphs, files, schema):
     at = Reader(f"engines.{name}.{short(graph)}", data)
-    at.keys([k for k in EngineFile.__dataclass_fields__ if k not in ("left_out", "driver") or not complete])
+    at.keys([k for k in EngineFile.__dataclass_fields__ if schema >= _SINCE.get(k, 1)])
     if graph not in graphs:
         raise BundleError(f"{at.where} must belong to a graph of the bundle, got none of that name")
     file = at.text("file")
@@ -99,11 +99,12 @@ def _engine(name, graph, data, graphs, files, complete):
     onnx = at.sha256("onnx_sha256")
     if onnx != files[graphs[graph].file].sha256:
         raise BundleError(f"{at.where} onnx_sha256 must be that of {graphs[graph].file}, got {onnx[:16]}...")
-    left_out, driver = (0, "") if complete else (
-        at.size("left_out"), at.get("driver", lambda v: isinstance(v, str) and (not v or _VERSION.fullmatch(v)), "a version number or empty"))
+    newer = {} if schema < 4 else {
+        "left_out": at.size("left_out"),
+        "driver": at.get("driver", lambda v: isinstance(v, str) and (not v or _VERSION.fullmatch(v)), "a version number or empty")}
     profiles = at.get("profiles", lambda v: isinstance(v, list) and 0 < len(v) <= 16, "a list of profiles")
     return EngineFile(file, onnx, at.sha256("weights_sha256"),
-                      tuple(_profile(f"{at.where} profiles", p, graphs[graph]) for p in profiles), left_out, driver)
+                      tuple(_profile(f"{at.where} profiles", p, graphs[graph]) for p in profiles), **newer)
 
 
 def _profile(where, data, graph):

@@ -156,7 +156,7 @@ class Manifest:
             name=at.text("name"), family=at.one_of("family", ("sd1",)),
             precision=at.one_of("precision", ("fp32", "fp16", "int8")), attention=at.one_of("attention", ("fused", "standard")),
             opset=at.integer("opset"), files=files, model=_model(at.mapping("model")),
-            graphs=graphs, engines=parse_engines(at.mapping("engines"), graphs, files, version < 4) if version > 1 else {},
+            graphs=graphs, engines=parse_engines(at.mapping("engines"), graphs, files, version) if version > 1 else {},
             scheduler=_scheduler(at.mapping("scheduler")), sources=_texts("sources", at.mapping("sources"), SHA256),
             licences=_texts("licences", at.mapping("licences")), tools=_texts("tools", at.mapping("tools")),
             parity={k: Reader(f"parity.{k}", v).numbers("max_abs", "mean_abs", "max_rel")

@@ -82,8 +82,8 @@ class Pipeline:
         decoder in bfloat16 where the processor has it, and ONNX Runtime the UNet's long self-attention (fused bundles),
         which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
-        denoising, decoding); None is True without max_memory, but where the machine's memory is too short for that. max_memory: bytes that this process shall not exceed, or where
-        a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work
+        denoising, decoding); None is True without max_memory, but where the machine's memory is too short for that.
+        max_memory: bytes that this process shall not exceed, or where a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work
         that does not fit is refused.
         Raises BundleError, EngineError.
         """

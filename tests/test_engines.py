@@ -150,13 +150,13 @@ def test_not_installed_is_told_before_an_export_begins(capsys, bundle, monkeypat
 
 def test_weights_are_left_out_where_a_gpu_is(capsys, bundle, builder, monkeypatch, tmp_path):
     built, gpu = builder(), Gpu("GPU", "sm89", "13.0")
+    monkeypatch.setattr(engines, "plugin_problem", lambda backend: "" if backend == "tensorrt" else "no plug-in")
     monkeypatch.setattr(engines, "find_gpu", lambda: (None, "no NVIDIA driver"))
     strip = ("--into", bundle, "--engine", "tensorrt-rtx", "--strip")
     assert ("strip must be used on a machine with a GPU, without which tensorrt-rtx leaves no weights out, got none: no NVIDIA driver"
             in refused(capsys, *strip))
     monkeypatch.setattr(engines, "find_gpu", lambda: (gpu, ""))
-    fused = edit(shutil.copytree(bundle, tmp_path / "fused"), lambda m: m.update(attention="fused"))
-    assert "attention must be standard with --strip" in refused(capsys, "--into", fused, *strip[2:])
+    assert "attention must be standard with --strip" in refused(capsys, *strip[:2], "--engine", "tensorrt", "--attention", "fused", "--strip")
     assert built() == [] and build(bundle) == 0 and _sizes(bundle) == {0}
     assert not json.loads((tmp_path / "log.job").read_text())["strip"]
     assert build(bundle, "--strip") == 0 and built() == 2 * list(ENGINE_GRAPHS), "another engine of the same graph"
