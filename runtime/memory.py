@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import require
+from .graph_files import external_bytes, external_files
 from .strict import parse_json
 
 MIB = 1 << 20
@@ -34,9 +35,6 @@ PACKED = 2.5                # bytes at the peak of loading per byte of float32 w
 COPIES = 3
 DROP_SECONDS = 0.05
 _MADV_DONTNEED = 4          # Linux's number
-# A reference into external data, in the protobuf of a graph: key "length", value in decimal.
-_LENGTH = re.compile(rb"\n\x06length\x12[\x01-\x14](\d+)")
-_LOCATION = re.compile(rb"\n\x08location\x12.([\w./-]+?\.safetensors)")
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = (("", "memory.max", "memory.current", "inactive_file"),                                              # control groups of version 2, 1
            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
@@ -71,11 +69,6 @@ def available_memory():
             counts = dict(line.split() for line in (_CGROUP / folder / "memory.stat").read_text().splitlines())
             found.append(limit - used + int(counts[cache]))     # the file cache gives way
     return min(found, default=None)
-
-
-def external_files(graph):
-    """Return the names of the safetensors files, relative to its own, that the bytes of an ONNX graph take their weights from."""
-    return sorted({name.decode() for name in _LOCATION.findall(graph)})
 
 
 def give_back():
@@ -142,8 +135,7 @@ class Predictor:
         if graph not in self._weights:
             path = self._bundle.file(self._bundle.graph(graph).file)
             data = path.read_bytes()
-            stored = sum(map(int, _LENGTH.findall(data)))
-            files = external_files(data)
+            stored, files = external_bytes(data), external_files(data)
             wide = all(self._itemsize(f) == 4 for f in files)
             self._weights[graph] = stored * (1 if wide else 2) + (0 if files else len(data))
         return self._weights[graph]

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import time
 import warnings
-from collections import OrderedDict
 from functools import partial
 
 import numpy as np
@@ -17,13 +16,14 @@ from .device_loop import make_denoiser
 from .diagnosis import located
 from .engine_specs import BACKENDS
 from .engines import AUTO, ENGINES, PRECISIONS, bind_new, call, choose_engine, fall_back, load_engine
-from .errors import EngineError, NotFinite, require
+from .errors import EngineError, NotFinite, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
 from .memory import STAGE_OF, STAGES, Budget, check_limit, fits_whole, give_back
 from .options import MAX_PEOPLE, Options, check_levels, resolve_mask, resolve_people, resolve_seeds
 from .presets import resolve_preset
 from .progress import Progress
+from .recent import Recent
 from .result import Result
 from .schedule import make_schedule
 from .sizes import decode_in_tiles, is_free, latent_shape
@@ -42,7 +42,7 @@ class Pipeline:
     the last `generate` began).
     """
 
-    def __init__(self, bundle, engine=AUTO, device="cpu", threads=None, precision="auto", keep=None, max_memory=None):
+    def __init__(self, bundle, engine=AUTO, device="cpu", threads=None, precision="auto", keep=None, max_memory=None, warm=None):
         require(precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", repr(precision))
         require(threads is None or (type(threads) is int and 1 <= threads <= 1024), "threads",
                 "be an integer in [1, 1024] or None", repr(threads))
@@ -65,12 +65,17 @@ class Pipeline:
         on_gpu = max_memory is not None and self.device == "cuda"
         self._budget = DeviceBudget(bundle, max_memory, self._keep, sessions=self._compiled is None) if on_gpu else \
             Budget(bundle, max_memory, self._keep, ENGINES[self.engine][2], self._loading)
-        self._engines, self._kept = {}, _Recent(16 if self._keep else 4)
+        self._engines, self._kept = {}, Recent(16 if self._keep else 4)
         self._schedule_config = bundle.json("schedule.json")
+        if warm:
+            self.warm_up()
+        elif warm is None and self._compiled and self._keep:
+            with contextlib.suppress(PidiffError):      # a picture that needs it will say so
+                self.warm_up()
 
     @classmethod
     def from_bundle(cls, path=None, engine=AUTO, device="cpu", threads=None, verify=True, precision="auto", keep=None,
-                    max_memory=None, require_signature=None):
+                    max_memory=None, require_signature=None, warm=None):
         """Open a bundle (None: the shipped `mini`) for an engine and a device.
 
         engine: "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt" (graphs that have such an engine in the bundle; the
@@ -85,9 +90,10 @@ class Pipeline:
         denoising, decoding); None is True without max_memory, but where the machine's memory is too short for that.
         max_memory: bytes that this process shall not exceed, or where a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work
         that does not fit is refused.
+        warm: True calls `warm_up` before this returns, with the bundle's own options; None does where engines of TensorRT are kept.
         Raises BundleError, EngineError.
         """
-        return cls(Bundle.open(path, verify, require_signature), engine, device, threads, precision, keep, max_memory)
+        return cls(Bundle.open(path, verify, require_signature), engine, device, threads, precision, keep, max_memory, warm)
 
     @property
     def directions(self):
@@ -233,6 +239,7 @@ class Pipeline:
         require(type(people) is int and 1 <= people <= MAX_PEOPLE, "people", f"be an integer in [1, {MAX_PEOPLE}]", repr(people))
         model = self.bundle.manifest.model
         alike = options.get("preset", "exact") == "exact" and not {"guidance_interval", "cache_interval"} & set(options)
+        self._kept = Recent(16)     # what would be taken from there is what is to run
         drawn = {"id_mask": [(0, 0, 1, 1)] * people, "seed": 0, **options}
         if alike and self.device == "cpu":
             drawn["num_inference_steps"] = 2
@@ -364,21 +371,6 @@ class Pipeline:
         if any(p.tuning and p.tuning.model != self.bundle.adapter_id() for p in people):
             warnings.warn("identity was tuned for other weights than this bundle's; run pidiff-train personalize again if the "
                           "likeness is poor", stacklevel=3)
-
-
-class _Recent:
-    """The last `size` results by key."""
-
-    def __init__(self, size):
-        self._size, self._items = size, OrderedDict()
-
-    def get(self, key, make):
-        if key not in self._items:
-            self._items[key] = make()
-        self._items.move_to_end(key)
-        while len(self._items) > self._size:
-            self._items.popitem(last=False)
-        return self._items[key]
 
 
 def _first(*values):

@@ -177,6 +177,13 @@ def test_after_warming_up_nothing_is_loaded(tiny, monkeypatch, options):
     assert len(loaded) == known
 
 
+def test_opened_warm(tiny):
+    opened = lambda **more: Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1, **more)
+    assert "unet" in opened(warm=True)._engines and not opened()._engines
+    with pytest.raises(PidiffError, match="keep must be True for warm_up"):
+        opened(warm=True, keep=False)
+
+
 def test_warming_up_in_vain(tiny):
     with pytest.raises(PidiffError, match="keep must be True for warm_up, which loads what is kept, got False"):
         Pipeline.from_bundle(tiny, keep=False).warm_up()

@@ -6,8 +6,10 @@ import numpy as np
 
 from ..cuda import shared_stream
 from ..errors import EngineError, require
+from ..files import private_cache
 from ..memory import MIB, PACKED
 from . import check_names, rebound
+from .onnxruntime_cache import open_session
 
 # More options of the CUDA provider for a static session, best first. Layouts: convolutions read channels last without transposing.
 # With enable_cuda_graph it refuses graphs that have nodes on the processor.
@@ -31,7 +33,7 @@ class OnnxRuntimeEngine:
     """One InferenceSession with I/O binding on the caller's arrays (protocol: engines.DeviceEngine).
 
     On CUDA all sessions work in one stream of ours, so that the step loop can put its kernels between their runs, and capture both
-    in one graph where the session is `static` and has no node on the processor. limits: bytes of the GPU's memory for this session, and for
+    in one graph where the session is `static` and has no node on the processor. On the processor graphs are kept as they were packed. limits: bytes of the GPU's memory for this session, and for
     the tensors of the step loop around it; None for all.
     """
 
@@ -43,7 +45,7 @@ class OnnxRuntimeEngine:
         ort.disable_telemetry_events()
         self._ort, self._spec, self._device, self._file = ort, spec, device, Path(path).name
         self._bound, self._device_values, self._limits = {}, {}, limits
-        providers, options = _providers(ort, device, precision, limits), _options(ort, threads, fused, precision)
+        providers, options = _providers(ort, device, precision, limits), lambda: _options(ort, threads, fused, precision)
         self._session, self._capturable = self._load(str(path), options, self._on_our_stream(providers), static)
         if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():  # it has only printed why
             raise EngineError("device must be cpu where ONNX Runtime cannot load CUDA and cuDNN or finds no GPU, got 'cuda'")
@@ -57,7 +59,9 @@ class OnnxRuntimeEngine:
         for more in _STATIC_CUDA if static and self._device == "cuda" else [{}]:
             chosen = [(providers[0][0], {**providers[0][1], **more}), *providers[1:]] if more else providers
             try:
-                return self._ort.InferenceSession(path, options, providers=chosen), "enable_cuda_graph" in more
+                if self._device == "cpu":
+                    return open_session(self._ort, path, options, private_cache("onnxruntime")), False
+                return self._ort.InferenceSession(path, options(), providers=chosen), "enable_cuda_graph" in more
             except Exception as e:  # ONNX Runtime raises a dozen unrelated types
                 error = self._failed(f"load in ONNX Runtime {self._ort.__version__}", e)
                 error.__cause__ = e

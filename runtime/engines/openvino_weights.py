@@ -5,13 +5,11 @@ Stable Diffusion's UNet needs in bfloat16, 1.1 GB more than its W+ encoder in fl
 """
 
 import contextlib
-import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 
-from ..memory import external_files
+from ..graph_files import cache_key
 
 CHUNK = 1 << 22  # values rounded at once: a few times that in bytes is all the memory it takes
 FLOATS = ("f16", "f32")
@@ -32,7 +30,7 @@ def rewritten(model, path, folder, kind):
     narrow = kind == "bf16"
     if narrow and kinds & {"i8", "u8", "i4", "u4"} or not narrow and (folder is None or "f16" not in kinds):
         return None
-    kept = folder and folder / f"{kind}-{_key(path, openvino.__version__)}.xml"
+    kept = folder and folder / f"{kind}-{cache_key(path, 2, openvino.__version__)}.xml"
     mapped = kept and _mapped(kept)
     if mapped:
         return mapped
@@ -97,16 +95,6 @@ def _rounded(array):
     tensor = openvino.Tensor(openvino.Type.bf16, openvino.Shape(array.shape))
     np.copyto(tensor.data.view(np.uint16), bits.reshape(array.shape))
     return tensor
-
-
-def _key(path, version):
-    """Return a name that changes with the graph, the files of its weights, and what rewrote it."""
-    data, digest = Path(path).read_bytes(), hashlib.sha256(f"2 {version}".encode())
-    digest.update(data)
-    for name in external_files(data):
-        found = os.stat(Path(path).parent / name)
-        digest.update(f"{name} {found.st_size} {found.st_mtime_ns} {found.st_ino} {found.st_dev}".encode())
-    return digest.hexdigest()[:32]
 
 
 def _save(model, file):

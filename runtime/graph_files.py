@@ -1,0 +1,31 @@
+"""What the bytes of an ONNX graph tell of its weights without a parser of protobuf."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+# A reference into external data, in the protobuf of a graph: key "length", value in decimal.
+_LENGTH = re.compile(rb"\n\x06length\x12[\x01-\x14](\d+)")
+_LOCATION = re.compile(rb"\n\x08location\x12.([\w./-]+?\.safetensors)")
+
+
+def external_files(graph):
+    """Return the names of the safetensors files, relative to its own, that the bytes of an ONNX graph take their weights from."""
+    return sorted({name.decode() for name in _LOCATION.findall(graph)})
+
+
+def external_bytes(graph):
+    """Return the size of the weights that lie there."""
+    return sum(map(int, _LENGTH.findall(graph)))
+
+
+def cache_key(path, *made_by):
+    """Return a file name that changes with a graph, the files of its weights (size, time, inode) and what rewrites it."""
+    data = Path(path).read_bytes()
+    digest = hashlib.sha256(repr(made_by).encode())
+    digest.update(data)
+    for name in external_files(data):
+        found = os.stat(Path(path).parent / name)
+        digest.update(f"{name} {found.st_size} {found.st_mtime_ns} {found.st_ino} {found.st_dev}".encode())
+    return digest.hexdigest()[:32]
