@@ -3,11 +3,8 @@
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -331,18 +328,6 @@ def test_broken_installation(bundles, monkeypatch):
     with pytest.raises(EngineError, match="engine must work on this machine, got 'openvino': import of openvino halted"):
         engine(bundles["fp32"] / "unet.onnx", Bundle.open(bundles["fp32"]).graph("unet"))
     core.cache_clear()
-
-
-def test_nothing_leaves_the_machine(bundles, tmp_path):
-    """OpenVINO's wheel brings a package that reports its use, and keeps a client's number in the home folder."""
-    code = ("import sys; from pidiff.runtime import Pipeline\n"
-            "Pipeline.from_bundle(sys.argv[1], engine='openvino', threads=1).prepare('a photo')\n"
-            "assert 'openvino' in sys.modules and not [m for m in sys.modules if 'telemetry' in m and sys.modules[m] is not None\n"
-            "                                          and not m.startswith('openvino.')]")
-    done = subprocess.run([sys.executable, "-c", code, str(bundles["fp32"])], env={**os.environ, "HOME": str(tmp_path)},
-                          cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not os.listdir(tmp_path)
 
 
 # --- auto ------------------------------------------------------------------------------------------------------------
