@@ -34,15 +34,15 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Scores:
-    """Identity similarity to the reference and background accuracy, by pidiff-evaluate's readers."""
+    """Identity similarity to the reference and background accuracy, by pidiff-evaluate's readers; shapes: `factors` reads expression and pose, too."""
 
-    def __init__(self, data: Path, embedder: Path, people: int):
+    def __init__(self, data: Path, embedder: Path, people: int, shapes: bool = False):
         from pidiff.evaluate.readers import FaceTools, FactorReader
         from pidiff.evaluate.subjects import load_subjects
 
         self.subjects, known = load_subjects(data, people)
         self.tools = FaceTools(embedder)
-        self.factors = FactorReader(self.tools, None, list(known.images[::3]) if known is not None else [s.other for s in self.subjects])
+        self.factors = FactorReader(self.tools, known if shapes else None, list(known.images[::3]) if known is not None else [s.other for s in self.subjects])
 
     def __call__(self, image: np.ndarray, reference: np.ndarray, wanted) -> tuple[float, float]:
         from pidiff.evaluate.metrics import similarity

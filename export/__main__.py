@@ -5,12 +5,14 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
 from pidiff.runtime.bundle import Bundle, shipped_bundle
 from pidiff.runtime.engine_specs import BACKENDS
 from pidiff.runtime.engines import load_engine
+from pidiff.runtime.memory import resident
 from pidiff.runtime.signature import load_secret_key
 
 from . import engine_commands
@@ -110,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    begun = time.perf_counter()
     _silence()
     try:
         from tqdm import tqdm
@@ -139,7 +142,8 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{graph} keeps in float32: {', '.join(layer or 'everything' for layer in layers)}")
         size = sum(f.size for f in manifest.files.values())
         print(f"{args.out}: {manifest.name}, {manifest.precision}, {manifest.attention} attention, opset {manifest.opset}, "
-              f"{size / 2**20:.1f} MiB" + (f"; see {args.out / 'report.html'}" if args.report != "none" else ""))
+              f"{size / 2**20:.1f} MiB in {time.perf_counter() - begun:.0f} s, {resident(peak=True) / 2**30:.1f} GiB of memory at the peak"
+              + (f"; see {args.out / 'report.html'}" if args.report != "none" else ""))
     return 0
 
 

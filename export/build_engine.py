@@ -15,6 +15,7 @@ import sys
 
 from pidiff.runtime.errors import PidiffError
 from pidiff.runtime.files import write_atomic
+from pidiff.runtime.memory import resident
 
 _SET_PARENT_DEATH_SIGNAL = 1        # prctl option, Linux
 
@@ -64,7 +65,7 @@ def build(job: dict) -> dict:
     _write(trt, builder, network, config, job["out"], log)
     if timings is not None:
         _keep(job["timings"], timings.serialize())
-    return {"peak_rss": _peak_rss()}
+    return {"peak_rss": resident(peak=True)}
 
 
 def _parse(trt, parser, job: dict, log) -> bool:
@@ -181,11 +182,6 @@ def _logger(trt):
                 self.first = message
 
     return Logger()
-
-
-def _peak_rss() -> int:
-    with open("/proc/self/status") as file:
-        return next((int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:")), 0)
 
 
 def _die_with_parent() -> None:

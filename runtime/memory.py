@@ -48,11 +48,11 @@ def parse_size(text):
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
-def resident():
-    """Return the resident memory of this process in bytes, 0 where the system does not say."""
-    with suppress(OSError, ValueError):
+def resident(peak=False):
+    """Return the resident memory of this process in bytes, or its peak so far; 0 where the system does not say."""
+    with suppress(OSError, ValueError, StopIteration):
         with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS:"))
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:" if peak else "VmRSS:"))
     return 0
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pidiff.runtime.memory import resident
+
 from . import metrics
 from .protocol import ID_SCALES, Evaluation
 
@@ -51,7 +53,7 @@ def summarise(evaluation: Evaluation, ceilings: dict, settings: dict, groups: di
         summary[f"edit_{name}_similarity"] = metrics.interval([s for *_, s in rows], who, rng)
     seconds = [row["seconds"] for row in records.rows]
     summary["seconds_per_picture"] = {"median": round(float(np.median(seconds)), 4), "best": round(min(seconds), 4)}
-    summary["peak_memory_mb"] = _peak_memory()
+    summary["peak_memory_mb"] = round(resident(peak=True) / 2**20, 1)
     summary["skipped"] = records.skipped
     return summary
 
@@ -62,12 +64,6 @@ def group_scores(rows: list[dict], members: set[str], threshold: float, rng: np.
     people = [row["person"] for row in own]
     return {**{key: metrics.interval([row[key] for row in own], people, rng) for key in ("rank1", "similarity_reference")},
             "verification_rate": metrics.interval([float(row["similarity_reference"] > threshold) for row in own], people, rng)}
-
-
-def _peak_memory() -> float:
-    """Peak resident memory of this process in MB (on Linux; the embedder and the face graphs are part of it)."""
-    import resource
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def write(out: Path, evaluation: Evaluation, summary: dict) -> None:
