@@ -86,9 +86,18 @@ def test_a_torn_entry_is_made_again(folder, cache, end, harm):
     first = decoded(folder)
     harm(next(cache.glob(f"*{end}")))
     assert np.array_equal(decoded(folder), first)
-    graph, = entries(cache)[0]
+    (graph,), weights = entries(cache)
+    assert len(weights) == 1, "nothing is left of the torn one"
     written = (cache / graph).stat().st_ino
     assert np.array_equal(decoded(folder), first) and (cache / graph).stat().st_ino == written
+
+
+def test_what_was_used_last_is_trimmed_last(folder, cache):
+    decoded(folder)
+    for file in cache.iterdir():
+        os.utime(file, (1, 1))
+    decoded(folder)
+    assert all(file.stat().st_mtime > 1 for file in cache.iterdir())
 
 
 def test_a_disk_without_room(folder, cache, monkeypatch):

@@ -41,11 +41,14 @@ def _mapped(ort, kept, options, made):
         return None
     chosen = options()
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL        # that has been done
-    with contextlib.suppress(Exception):        # ONNX Runtime raises a dozen unrelated types
+    try:
         session = made(kept, chosen)
-        os.utime(kept)                          # trim_folder goes by the last use
-        return session
-    return None
+    except Exception:                           # ONNX Runtime raises a dozen unrelated types
+        return None
+    for file in (kept, *_weights_of(kept)):     # trim_folder goes by the last use
+        with contextlib.suppress(OSError):
+            os.utime(file)
+    return session
 
 
 def _write(ort, path, kept, options, made):
@@ -64,6 +67,8 @@ def _write(ort, path, kept, options, made):
     try:
         made(path, chosen)
         os.replace(part, kept)
+        for other in {*_weights_of(kept)} - {weights}:      # what it was torn from, or another process has just written
+            other.unlink(missing_ok=True)
     except BaseException as e:
         weights.unlink(missing_ok=True)
         if not isinstance(e, Exception):
@@ -74,6 +79,11 @@ def _write(ort, path, kept, options, made):
         give_back()                             # packed weights that nobody mapped
     trim_folder(kept.parent, CACHE_BYTES)
     return True
+
+
+def _weights_of(kept):
+    """Return the files of weights that were written for a graph in the cache."""
+    return list(kept.parent.glob(f"{kept.stem}-*.bin"))
 
 
 def _processor():
