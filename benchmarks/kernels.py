@@ -135,7 +135,7 @@ def instructions(implementation: str, shape, calls: int, folder: str) -> int:
             f"{heads * dim}), 'f')\nfor _ in range({calls}): c.attention(q, k, k, {heads}, '{implementation}')")
     done = subprocess.run(
         ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", sys.executable, "-c", code], text=True,
-        capture_output=True, env=os.environ | {"PIDIFF_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"})
+        capture_output=True, cwd=folder, env=os.environ | {"PIDIFF_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"})
     if done.returncode:
         raise SystemExit(f"valgrind failed: {done.stderr[-500:]}")
     return int(re.search(r"Collected : (\d+)", done.stderr).group(1))

@@ -5,6 +5,7 @@ where its results fit; where they do not, they go on in float32, and so does wha
 """
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ def largest_of(values) -> float:
     if isinstance(values, Tensor):
         if not values.is_floating_point() or values.numel() == 0:
             return 0.0
+        low, high = (float(end) for end in values.detach().aminmax())        # NaN, if there is one
+        if math.isfinite(low) and math.isfinite(high):
+            return max(-low, high)
         return float(values.detach().float().nan_to_num(_LARGEST, _LARGEST, 0.0).abs().max())
     items = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
     return max(map(largest_of, items), default=0.0)

@@ -109,13 +109,13 @@ def drop_tensors(root: Path, file: str, keys: set[str]) -> None:
 
 
 def _checked(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if value.is_floating_point() and not torch.isfinite(value).all():
-        raise ExportError(f"weights must be finite, got NaN or infinity in {name}")
-    result = value.to(dtype).contiguous()
-    if value.is_floating_point() and not torch.isfinite(result).all():
-        largest = value.abs().max().item()
-        raise ExportError(f"weights must fit {str(dtype).removeprefix('torch.')}, got {largest:.4g} in {name}")
-    return result
+    if value.is_floating_point() and value.numel():
+        ends = torch.stack(value.aminmax())         # NaN, if there is one
+        if not torch.isfinite(ends).all():
+            raise ExportError(f"weights must be finite, got NaN or infinity in {name}")
+        if not torch.isfinite(ends.to(dtype)).all():
+            raise ExportError(f"weights must fit {str(dtype).removeprefix('torch.')}, got {ends.abs().max().item():.4g} in {name}")
+    return value.to(dtype).contiguous()
 
 
 def _bytes(value: Tensor):
