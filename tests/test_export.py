@@ -259,3 +259,8 @@ def test_safetensors_are_written_as_the_format_says(tmp_path):
     assert all(torch.equal(read[k], v.to(read[k].dtype)) for k, v in state.items())
     with pytest.raises(ExportError, match="weights must fit float16, got 1e.05 in x big"):
         write_safetensors(tmp_path / "y.safetensors", {"big": torch.tensor([1e5])}, torch.float16, "x")
+    write_safetensors(tmp_path / "y.safetensors", {"edge": torch.tensor([65519.0])}, torch.float16, "x")
+    assert load_file(tmp_path / "y.safetensors")["edge"] == 65504, "it is rounded down"
+    for number in ("nan", "inf"):
+        with pytest.raises(ExportError, match="weights must be finite, got NaN or infinity in x bad"):
+            write_safetensors(tmp_path / "z.safetensors", {"bad": torch.tensor([1.0, float(number)])}, torch.float16, "x")

@@ -19,10 +19,20 @@ from pidiff.export import report as reports
 from pidiff.export.bundle import ExportOptions, export_bundle
 from pidiff.export.errors import ExportError
 from pidiff.export.picture import compare
-from pidiff.export.ranges import HALF_MAX, float32_islands, measure
+from pidiff.export.ranges import HALF_MAX, float32_islands, largest_of, measure
 from pidiff.export.source import Source
 from pidiff.model import save_model
 from pidiff.runtime.bundle import REPORTS, Bundle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("values, largest", [
+    ([1.0, -3.0], 3.0), ([1.0, float("-inf")], 1.0), ([float("inf")], torch.finfo(torch.float32).max),
+    ([float("nan"), 1.0], torch.finfo(torch.float32).max), ([], 0.0)])
+def test_the_largest_value(values, largest, dtype):
+    """A mask of -inf is no value, a number that is none is the largest."""
+    found = torch.tensor(values, dtype=dtype)
+    assert largest_of(found) == largest == largest_of(({"a": [found]}, torch.tensor([7]), "text"))
 
 
 class Loud(nn.Module):
