@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import PidiffError
 
+CACHE_BYTES = 8 << 30        # of the user's disk for each engine
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -105,7 +106,7 @@ def private_cache(name):
     return None if problem else folder
 
 
-def trim_folder(folder, limit):
+def trim_folder(folder, limit=CACHE_BYTES):
     """Remove the files of a folder that were not used for longest until at most `limit` bytes or one file are left."""
     with os.scandir(folder) as entries:
         files = [(max(e.stat().st_atime, e.stat().st_mtime), e.stat().st_size, e.path) for e in entries if e.is_file()]

@@ -20,12 +20,11 @@ def external_bytes(graph):
     return sum(map(int, _LENGTH.findall(graph)))
 
 
-def cache_key(path, *made_by):
-    """Return a file name that changes with a graph, the files of its weights (size, time, inode) and what rewrites it."""
-    data = Path(path).read_bytes()
+def cache_key(graph, folder, *made_by):
+    """Return a file name that changes with the bytes of a graph, the files of its weights in a folder (size, time, inode) and what rewrites it."""
     digest = hashlib.sha256(repr(made_by).encode())
-    digest.update(data)
-    for name in external_files(data):
-        found = os.stat(Path(path).parent / name)
+    digest.update(graph)
+    for name in external_files(graph):
+        found = os.stat(Path(folder) / name)
         digest.update(f"{name} {found.st_size} {found.st_mtime_ns} {found.st_ino} {found.st_dev}".encode())
     return digest.hexdigest()[:32]

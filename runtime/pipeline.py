@@ -239,7 +239,7 @@ class Pipeline:
         require(type(people) is int and 1 <= people <= MAX_PEOPLE, "people", f"be an integer in [1, {MAX_PEOPLE}]", repr(people))
         model = self.bundle.manifest.model
         alike = options.get("preset", "exact") == "exact" and not {"guidance_interval", "cache_interval"} & set(options)
-        self._kept = Recent(16)     # what would be taken from there is what is to run
+        self._kept.clear()          # what would be taken from there is what is to run
         drawn = {"id_mask": [(0, 0, 1, 1)] * people, "seed": 0, **options}
         if alike and self.device == "cpu":
             drawn["num_inference_steps"] = 2

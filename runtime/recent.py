@@ -17,3 +17,7 @@ class Recent:
         while len(self._items) > self._size:
             self._items.popitem(last=False)
         return self._items[key]
+
+    def clear(self):
+        """Forget them all."""
+        self._items.clear()

@@ -15,7 +15,6 @@ from ..graph_files import cache_key, external_bytes
 from ..memory import MIB, give_back
 
 SMALLEST = MIB          # bytes of weights; a graph with less is made as fast as it is mapped
-CACHE_BYTES = 8 << 30
 ROOM = 5                # free bytes of the disk per byte of weights, so that not all is taken: files have up to 2.4
 
 
@@ -25,10 +24,12 @@ def open_session(ort, path, options, folder):
     options: a function that makes SessionOptions. folder: of the user's own, None for none. Raises ONNX Runtime's own exceptions.
     """
     made = lambda file, chosen: ort.InferenceSession(str(file), chosen, providers=["CPUExecutionProvider"])
-    weights = external_bytes(Path(path).read_bytes()) if folder else 0
+    path = Path(path)
+    graph = path.read_bytes() if folder else b""
+    weights = external_bytes(graph)
     if weights < SMALLEST:
         return made(path, options())
-    kept = folder / f"{cache_key(path, ort.__version__, _processor())}.onnx"
+    kept = folder / f"{cache_key(graph, path.parent, ort.__version__, _processor())}.onnx"
     session = _mapped(ort, kept, options, made)
     if session is None and shutil.disk_usage(folder).free >= ROOM * weights and _write(ort, path, kept, options, made):
         session = _mapped(ort, kept, options, made)
@@ -77,7 +78,7 @@ def _write(ort, path, kept, options, made):
     finally:
         part.unlink(missing_ok=True)
         give_back()                             # packed weights that nobody mapped
-    trim_folder(kept.parent, CACHE_BYTES)
+    trim_folder(kept.parent)
     return True
 
 
@@ -88,7 +89,7 @@ def _weights_of(kept):
 
 def _processor():
     """Return what tells processors apart: weights are packed for its instructions."""
-    with contextlib.suppress(OSError, StopIteration):
+    with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         told = ("vendor_id", "cpu family", "model", "model name", "flags", "features", "cpu implementer", "cpu part")
         return platform.machine(), *(line for line in first if line.split(":")[0].strip().lower() in told)

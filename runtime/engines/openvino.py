@@ -20,7 +20,6 @@ from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
-CACHE_BYTES = 8 << 30
 # From here on weights are mapped from a file in the format of the arithmetic; and, where memory counts more than time, packed once for
 # all numbers of pictures. Compiled for one of them, Stable Diffusion's UNet is a tenth faster and takes 1.7 GB for each.
 LARGE_BYTES = 256 << 20
@@ -60,7 +59,7 @@ class OpenVinoEngine:
             self._packing = _mapped(self._model).dropped
             self._any_batch = static and (lean or not _has_room(self._model, kind))
             if self._cache:
-                trim_folder(self._cache, CACHE_BYTES)
+                trim_folder(self._cache)
             self._cache = None      # compiled in seconds; and OpenVINO would read `use_kernels`' nodes back without what they were made with
             give_back()
         self._kept = self._try("load", lambda: split_gates(self._model)) if large else None
@@ -157,7 +156,7 @@ class OpenVinoEngine:
         with self._packing():
             compiled = core().compile_model(model, "CPU", config)
         if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
-            trim_folder(self._cache, CACHE_BYTES)
+            trim_folder(self._cache)
         return compiled
 
     def _try(self, verb, work):

@@ -6,6 +6,7 @@ Stable Diffusion's UNet needs in bfloat16, 1.1 GB more than its W+ encoder in fl
 
 import contextlib
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def rewritten(model, path, folder, kind):
     narrow = kind == "bf16"
     if narrow and kinds & {"i8", "u8", "i4", "u4"} or not narrow and (folder is None or "f16" not in kinds):
         return None
-    kept = folder and folder / f"{kind}-{cache_key(path, 2, openvino.__version__)}.xml"
+    kept = folder and folder / f"{kind}-{cache_key(Path(path).read_bytes(), Path(path).parent, 2, openvino.__version__)}.xml"
     mapped = kept and _mapped(kept)
     if mapped:
         return mapped
