@@ -16,6 +16,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from . import control_group
 from .errors import require
 from .graph_files import external_bytes, external_files
 from .strict import parse_json
@@ -35,9 +36,6 @@ PACKED = 2.5                # bytes at the peak of loading per byte of float32 w
 COPIES = 3
 DROP_SECONDS = 0.05
 _MADV_DONTNEED = 4          # Linux's number
-_CGROUP = Path("/sys/fs/cgroup")
-_LIMITS = (("", "memory.max", "memory.current", "inactive_file"),                                              # control groups of version 2, 1
-           ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -63,11 +61,8 @@ def available_memory():
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) << 10)
-    for folder, limit, used, cache in _LIMITS:
-        with suppress(OSError, ValueError, KeyError):       # no such control group, or its limit is "max"
-            limit, used = (int((_CGROUP / folder / name).read_text()) for name in (limit, used))
-            counts = dict(line.split() for line in (_CGROUP / folder / "memory.stat").read_text().splitlines())
-            found.append(limit - used + int(counts[cache]))     # the file cache gives way
+    limited = control_group.available_bytes()
+    found += [] if limited is None else [limited]
     return min(found, default=None)
 
 
@@ -183,15 +178,16 @@ class Predictor:
         return 2 if next((k for k in kinds if k in ("F16", "F32")), "F32") == "F16" else 4
 
 
-def fits_whole(bundle, loading):
-    """Return whether all graphs of a bundle may stay loaded at once: False, and a warning, if that is predicted to take more memory than
-    is available. loading: see Predictor."""
+def fits(bundle, kept, loading):
+    """Return whether the graphs of the stages `kept` may stay loaded while another stage works: False, and a warning, if that is predicted to
+    take more memory than is available. loading: see Predictor."""
     room, predictor = available_memory(), Predictor(bundle, loading)
-    need = sum(predictor.graph(name) for graphs in STAGES.values() for name in graphs if name in bundle.manifest.graphs)
-    if room is None or need <= room:
+    need = {stage: sum(predictor.graph(g) for g in graphs if g in bundle.manifest.graphs) for stage, graphs in STAGES.items()}
+    most = sum(need[stage] for stage in kept) + max(size for stage, size in need.items() if stage not in kept)
+    if room is None or most <= room:
         return True
-    warnings.warn(f"memory is short, {room // MIB} MiB of {need // MIB}: graphs are loaded anew for every picture and let go; keep=True keeps them, "
-                  "keep=False says nothing", stacklevel=4)
+    warnings.warn(f"memory is short, {room // MIB} MiB of {most // MIB}: graphs are loaded anew for every picture and let go; keep=True keeps them, "
+                  "keep=False says nothing", stacklevel=5)
     return False
 
 

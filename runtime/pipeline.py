@@ -10,6 +10,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .compiled import CompiledEngines, find_compiled
+from .control_group import granted_threads
 from .denoise import Conditions, Plan
 from .device_budget import DeviceBudget
 from .device_loop import make_denoiser
@@ -19,7 +20,7 @@ from .engines import AUTO, ENGINES, PRECISIONS, bind_new, call, choose_engine, f
 from .errors import EngineError, NotFinite, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
-from .memory import STAGE_OF, STAGES, Budget, check_limit, fits_whole, give_back
+from .memory import STAGE_OF, STAGES, Budget, check_limit, fits, give_back
 from .options import MAX_PEOPLE, Options, check_levels, resolve_mask, resolve_people, resolve_seeds
 from .presets import resolve_preset
 from .progress import Progress
@@ -33,6 +34,7 @@ LEVELS = ("coarse", "middle", "fine", "finest")
 # The graphs that take the time, on few shapes. All others run once per person, prompt or plan: nothing would be gained
 # by rounding them, and an enrolled person is the same on every engine.
 HOT_GRAPHS = ("unet", "unet_cached", "vae_decoder")
+ALL, DRAWING = tuple(STAGES), ("denoise", "decode")     # stages to keep
 
 
 class Pipeline:
@@ -46,7 +48,7 @@ class Pipeline:
         require(precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", repr(precision))
         require(threads is None or (type(threads) is int and 1 <= threads <= 1024), "threads",
                 "be an integer in [1, 1024] or None", repr(threads))
-        self.bundle, self.device, self.threads, self.precision = bundle, device, threads, precision
+        self.bundle, self.device, self.threads, self.precision = bundle, device, threads or granted_threads(), precision
         self.seconds, self._may_fall_back = {}, engine == AUTO and max_memory is None
         check_limit(max_memory)
         size = sum(f.size for f in bundle.manifest.files.values())
@@ -61,15 +63,15 @@ class Pipeline:
         else:
             self.engine = choose_engine(device, size) if engine == AUTO else engine
             self._engine_class = load_engine(self.engine)
-        self._keep = bool(keep) if keep is not None else max_memory is None and (self.device != "cpu" or fits_whole(bundle, self._loading))
-        on_gpu = max_memory is not None and self.device == "cuda"
-        self._budget = DeviceBudget(bundle, max_memory, self._keep, sessions=self._compiled is None) if on_gpu else \
-            Budget(bundle, max_memory, self._keep, ENGINES[self.engine][2], self._loading)
-        self._engines, self._kept = {}, Recent(16 if self._keep else 4)
+        self._keeps = self._stages_to_keep(keep, max_memory)
+        whole, on_gpu = self._keeps == ALL, max_memory is not None and self.device == "cuda"
+        self._budget = DeviceBudget(bundle, max_memory, whole, sessions=self._compiled is None) if on_gpu else \
+            Budget(bundle, max_memory, whole, ENGINES[self.engine][2], self._loading)
+        self._engines, self._kept = {}, Recent(16 if self._keeps else 4)
         self._schedule_config = bundle.json("schedule.json")
         if warm:
             self.warm_up()
-        elif warm is None and self._compiled and self._keep:
+        elif warm is None and self._compiled and self._keeps:
             with contextlib.suppress(PidiffError):      # a picture that needs it will say so
                 self.warm_up()
 
@@ -81,13 +83,14 @@ class Pipeline:
         engine: "onnxruntime", "openvino", "tensorrt-rtx" or "tensorrt" (graphs that have such an engine in the bundle; the
         others run on ONNX Runtime), or "auto": the bundle's engines where they run on the GPU that is here; OpenVINO where
         it is installed, on x86-64 processors, for bundles of 512 MiB and more; else ONNX Runtime. device: of what runs on
-        ONNX Runtime. threads: cores to use, None for all. verify=False skips the hashes, but those of engines.
+        ONNX Runtime. threads: cores to use, None for all that there are, or that the container has time for. verify=False skips the hashes, but those of engines.
         require_signature: a public key (.pub file or its second line) that the bundle must be signed by.
         precision: "full" computes in no fewer bits than the bundle was exported in; "auto" lets OpenVINO run UNet and VAE
         decoder in bfloat16 where the processor has it, and ONNX Runtime the UNet's long self-attention (fused bundles),
         which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
-        denoising, decoding); None is True without max_memory, but where the machine's memory is too short for that.
+        denoising, decoding). None is False with max_memory; else True on a GPU, and on the processor what takes longest to load stays,
+        UNet and VAE decoder, where the machine has the memory.
         max_memory: bytes that this process shall not exceed, or where a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work
         that does not fit is refused.
         warm: True calls `warm_up` before this returns, with the bundle's own options; None does where engines of TensorRT are kept.
@@ -233,9 +236,11 @@ class Pipeline:
 
         people: how many it will show. enroll: also what reads a photo. It draws nobody: on the processor two steps, but all where steps
         differ (`guidance_interval`, `cache_interval`, other presets than exact), and on a GPU two pictures of different prompts, since what
-        has run before is captured. Raises what `generate` raises, PidiffError with keep=False.
+        has run before is captured. Only what is kept stays warm. Raises what `generate` raises, PidiffError where nothing is kept, or not what
+        `enroll` needs.
         """
-        require(self._keep, "keep", "be True for warm_up, which loads what is kept", False)
+        require(self._keeps, "keep", "be True for warm_up, which loads what is kept", False)
+        require(not enroll or self._keeps == ALL, "keep", "be True for warm_up with enroll, whose graphs the first picture would let go", None)
         require(type(people) is int and 1 <= people <= MAX_PEOPLE, "people", f"be an integer in [1, {MAX_PEOPLE}]", repr(people))
         model = self.bundle.manifest.model
         alike = options.get("preset", "exact") == "exact" and not {"guidance_interval", "cache_interval"} & set(options)
@@ -292,7 +297,7 @@ class Pipeline:
     def _denoised(self, plan, chunks, options, conditions, shape, watch):
         """Yield what `_denoise` returns for every chunk: after the last one, if the UNet goes before the decoder comes."""
         each = (self._denoise(plan, chunk, options, conditions, shape, watch) for chunk in chunks)
-        return each if self._keep else list(each)
+        return each if self._keeps else list(each)
 
     def _denoise(self, plan, seeds, options, conditions, shape, watch):
         """Denoise one batch from its seeds' noise: (latents [B,c,h,w], identity map or None); shape [c,h,w]."""
@@ -326,8 +331,9 @@ class Pipeline:
     def _graph(self, name):
         """Return the engine of a graph, loaded at the first use."""
         if name not in self._engines:
-            if not self._keep and any(STAGE_OF.get(other) != STAGE_OF.get(name) for other in self._engines):
-                self._engines = {}
+            stays = {STAGE_OF.get(name), *self._keeps}
+            if any(STAGE_OF.get(other) not in stays for other in self._engines):
+                self._engines = {other: engine for other, engine in self._engines.items() if STAGE_OF.get(other) in stays}
                 give_back()
             with self._stage("load"):
                 try:
@@ -340,6 +346,12 @@ class Pipeline:
                     self._engine_class = load_engine(self.engine)
                     self._engines[name] = self._load(name)
         return self._engines[name]
+
+    def _stages_to_keep(self, keep, max_memory):
+        """Return the stages whose graphs stay loaded; see `from_bundle`."""
+        if keep is None and max_memory is None:
+            return ALL if self.device != "cpu" else DRAWING if fits(self.bundle, DRAWING, self._loading) else ()
+        return ALL if keep else ()
 
     def _loading(self, name, weights):
         """Return bytes at the peak of loading a graph whose weights have `weights` bytes in float32; see memory.Predictor."""

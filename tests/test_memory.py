@@ -1,11 +1,9 @@
 """Memory: graphs of one stage at a time, and a limit that is kept or refused with the need."""
 
-import contextlib
 import functools
 import mmap
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from control_groups import control_group
 from drawn_face import drawn_face
 from tiny_bundle import LAYERS, write_tiny_bundle
 
 from pidiff.runtime import Identity, PidiffError, Pipeline, memory
 from pidiff.runtime.bundle import Bundle, shipped_bundle
-from pidiff.runtime.memory import MIB, STAGE_OF, Predictor, parse_size
+from pidiff.runtime.memory import MIB, STAGE_OF, STAGES, Predictor, parse_size
 
 PROMPT = "a photo of person"
 PERSON = Identity(np.random.default_rng(0).standard_normal((LAYERS, 512)).astype(np.float32))
@@ -83,25 +82,40 @@ def test_one_stage_at_a_time_gives_the_same_pictures(tiny, monkeypatch):
     alone, loads = Pipeline.from_bundle(tiny, threads=1, keep=False), []
     load = alone._load
     monkeypatch.setattr(alone, "_load", lambda name: loads.append((name, *alone._engines)) or load(name))
-    kept = Pipeline.from_bundle(tiny, threads=1)
+    kept = Pipeline.from_bundle(tiny, threads=1, keep=True)
     assert np.array_equal(images(alone, alone.enroll(drawn_face(256))), images(kept, kept.enroll(drawn_face(256))))
     assert all(len({STAGE_OF[name] for name in loaded}) == 1 for loaded in loads)
     assert [name for name, *_ in loads].count("unet") == [name for name, *_ in loads].count("vae_decoder") == 1
     assert len(alone._engines) == 1 and len(kept._engines) > 6
 
 
+def test_unet_and_decoder_stay_loaded(tiny, monkeypatch):
+    """By itself a pipeline never holds all graphs: those of a person and a prompt are let go when they have done their work."""
+    pipe, loads, most = Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1), [], []
+    load = pipe._load
+    monkeypatch.setattr(pipe, "_load", lambda name: loads.append(name) or most.append({STAGE_OF[e] for e in pipe._engines} - {STAGE_OF[name]}) or load(name))
+    first = images(pipe, pipe.enroll(drawn_face(256)))
+    assert all(stages <= {"denoise", "decode"} for stages in most)
+    loads.clear()
+    assert np.array_equal(images(pipe, pipe.enroll(drawn_face(256))), first)
+    assert "w_plus_encoder" in loads and not {"unet", "vae_decoder"} & set(loads)
+    loads.clear()
+    pipe.generate(None, "another prompt", seed=1, num_inference_steps=1)
+    assert {"text_encoder", "text_conditioner"} <= set(loads) and not {"unet", "vae_decoder"} & set(loads)
+
+
 def test_graphs_stay_loaded_where_they_fit(tiny, monkeypatch):
     """Unless somebody says it: a machine with little memory draws slower, and is not brought down."""
-    kept = lambda **options: Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1, **options)._keep
-    assert kept() and not kept(max_memory=1 << 40)
+    kept = lambda **options: Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1, **options)._keeps
+    assert kept() == ("denoise", "decode") and not kept(max_memory=1 << 40)
     monkeypatch.setattr(memory, "available_memory", lambda: None)
-    assert kept()
+    assert kept() == ("denoise", "decode")
     monkeypatch.setattr(memory, "available_memory", lambda: 20 * MIB)
     with pytest.warns(UserWarning, match=r"memory is short, 20 MiB of \d+: graphs are loaded anew for every picture"):
         assert not kept()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kept(keep=True) and not kept(keep=False)
+        assert kept(keep=True) == tuple(STAGES) and not kept(keep=False)
 
 
 def test_sizes():
@@ -157,25 +171,6 @@ def test_the_smallest_limit_runs_the_unet_row_by_row(tiny, engine, options, monk
     assert max(at_once) == (2 if "guidance_scale" in options else 4) and set(rows) == {1} and len(rows) == sum(at_once)
 
 
-def test_a_container_has_its_own_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    machine = memory.available_memory()
-    assert machine > 100 << 20
-    (tmp_path / "memory.max").write_text("max\n")
-    assert abs(memory.available_memory() - machine) < 4 << 30
-    first = tmp_path / "memory"                                         # of version 1, whose limit may be none, too
-    first.mkdir()
-    for limit, available in (("9223372036854771712", machine), ("800000", 300_000)):
-        for name, text in {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": "600000", "memory.stat": "total_inactive_file 100000"}.items():
-            (first / name).write_text(text)
-        assert abs(memory.available_memory() - available) < (4 << 30 if available == machine else 1)
-    shutil.rmtree(first)
-    for name, text in {"memory.max": "1000000\n", "memory.current": "400000\n",
-                       "memory.stat": "anon 5\ninactive_file 100000\n"}.items():
-        (tmp_path / name).write_text(text)
-    assert memory.available_memory() == 700_000
-
-
 COMMAND = """
 import sys
 from pidiff.runtime.__main__ import generate
@@ -183,31 +178,6 @@ code = generate(sys.argv[1:])
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(code)
 """
-
-
-@contextlib.contextmanager
-def control_group(limit):
-    """A control group with so many MiB of memory and no swap: what takes more is killed. Yields the file that takes process numbers, or
-    skips the test where no group can be made."""
-    for parent, name in (("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")):
-        folder = Path(parent, f"pidiff-test-{os.getpid()}")
-        try:
-            folder.mkdir()
-            (folder / name).write_text(str(limit * MIB))
-        except OSError:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-            continue
-        try:
-            yield folder / "cgroup.procs"
-        finally:
-            for _ in range(100):                    # until the system has taken its processes away
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-                    break
-                time.sleep(0.05)
-        return
-    pytest.skip("no control group with a limit of memory can be made here")
 
 
 def draw_within(folder, engine, limit, group="/dev/null"):
@@ -251,6 +221,7 @@ def test_the_limit_is_kept_or_refused(engine):
 def test_a_control_group_of_the_limit_ends_nothing(tmp_path, engine):
     """The system's own measure: what takes more is killed, as in a third of it."""
     pytest.importorskip(engine)
+    limit = kept_limit(engine)[0] * MIB
     for part, status in ((1, 0), (3, -signal.SIGKILL)):
-        with control_group(kept_limit(engine)[0] // part) as group:
+        with control_group("memory", {"memory.max": limit // part, "memory.limit_in_bytes": limit // part}) as group:
             assert draw_within(tmp_path, engine, f"{kept_limit(engine)[0]}M", group).returncode == status

@@ -20,6 +20,7 @@ import openvino
 from openvino import opset13 as ops
 
 from pidiff.runtime.engines.openvino_group_norm import use_group_norm
+from pidiff.runtime.engines.openvino_node import KernelThreads
 
 SHAPE, GROUPS = (2, 12, 5, 3), 4
 UNIT = np.eye(SHAPE[1], dtype=np.float32)[:, :, None, None]
@@ -74,7 +75,7 @@ def test_kernel_in_a_graph(rng, precision, silu, shifts):
     """An addition per channel before it and SiLU after it go along."""
     x, shift = rng.standard_normal(SHAPE).astype(np.float32), np.tile(SHIFT, (shifts, 1)) if shifts else None
     model = normed(None if shift is None else shift[..., None, None], silu)
-    use_group_norm(model, 1)
+    use_group_norm(model, KernelThreads())
     assert nodes(model) == (1, 0)
     assert not {"Add", "Sigmoid"} & {op.get_type_name() for op in model.get_ops()}
     want = expected(x, shift, silu)
@@ -85,7 +86,7 @@ def test_a_sigmoid_beside_something_else(rng):
     """SiLU stays a node of its own where what it begins with is read elsewhere."""
     x = rng.standard_normal(SHAPE).astype(np.float32)
     model = normed(silu=True, read_twice=True)
-    use_group_norm(model, 1)
+    use_group_norm(model, KernelThreads())
     assert nodes(model) == (1, 0) and "Sigmoid" in {op.get_type_name() for op in model.get_ops()}
     for got, silu in zip(results(model, x), (True, False)):
         np.testing.assert_allclose(got, expected(x, silu=silu), atol=1e-4)
@@ -95,7 +96,7 @@ def test_a_sigmoid_beside_something_else(rng):
 def test_another_addition_stays(rng, shift):
     x = rng.standard_normal(SHAPE).astype(np.float32)
     model = normed(shift)
-    use_group_norm(model, 1)
+    use_group_norm(model, KernelThreads())
     assert nodes(model) == (1, 0) and "Add" in {op.get_type_name() for op in model.get_ops()}
     np.testing.assert_allclose(results(model, x)[0], expected(x + shift), atol=1e-4)
 
@@ -103,7 +104,7 @@ def test_another_addition_stays(rng, shift):
 @pytest.mark.parametrize("options", [{"shape": (2, 12, -1, 3)}, {"shape": (-1, 12, 5, 3)}, {"scale": 2.0}, {"outside": True}, {"flat": True}])
 def test_what_is_of_another_kind_stays(options):
     model = normed(**options)
-    use_group_norm(model, 1)
+    use_group_norm(model, KernelThreads())
     assert nodes(model) == (0, 1)
 
 

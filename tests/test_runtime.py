@@ -163,7 +163,7 @@ def test_prompts_and_plans_are_kept(pipe):
 
 @pytest.mark.parametrize("options", [{}, {"preset": "fast"}, {"people": 2}])
 def test_after_warming_up_nothing_is_loaded(tiny, monkeypatch, options):
-    pipe, loaded = Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1), []
+    pipe, loaded = Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1, keep=True), []
     load = pipe._load
     monkeypatch.setattr(pipe, "_load", lambda name: loaded.append(name) or load(name))
     pipe.warm_up(enroll=True, **options)
@@ -182,6 +182,8 @@ def test_opened_warm(tiny):
     assert "unet" in opened(warm=True)._engines and not opened()._engines
     with pytest.raises(PidiffError, match="keep must be True for warm_up"):
         opened(warm=True, keep=False)
+    with pytest.raises(PidiffError, match="keep must be True for warm_up with enroll, whose graphs the first picture would let go, got None"):
+        opened().warm_up(enroll=True)
 
 
 def test_warming_up_in_vain(tiny):

@@ -15,6 +15,7 @@ from . import check_names, rebound
 from .openvino_attention import use_kernels
 from .openvino_gates import split_gates
 from .openvino_group_norm import use_group_norm
+from .openvino_node import KernelThreads
 from .openvino_ops import core
 from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
@@ -143,18 +144,20 @@ class OpenVinoEngine:
         return alike if self._any_batch else {name: given[name].shape for name in axes}, tuple(alike.values())
 
     def _compile(self, shapes):
-        model = self._model
+        model, threads = self._model, None
         if shapes:
             model = model.clone()
             model.reshape({name: list(shape) for name, shape in shapes.items()})
             if self._large:
-                rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", self._config.get("INFERENCE_NUM_THREADS")
+                rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", KernelThreads()
                 use_kernels(model, rounding, threads)
                 if rounding and not self._any_batch:
                     use_group_norm(model, threads)
         config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
         with self._packing():
             compiled = core().compile_model(model, "CPU", config)
+        if threads:
+            threads.follow(compiled)
         if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
             trim_folder(self._cache)
         return compiled

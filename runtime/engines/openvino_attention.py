@@ -3,7 +3,7 @@
 import functools
 import platform
 
-from .openvino_node import kernel_node, kernel_threads
+from .openvino_node import kernel_node
 
 KEYS = 1024  # from here on; for fewer, handing tensors over costs as much as is gained
 
@@ -13,17 +13,17 @@ def long_attention():
     """Return the class of the node: softmax(q k^T / sqrt(d)) v per head, q [B,S,C], k and v [B,T,C] -> [B,S,C] (csrc/kernels/attention.h)."""
     from pidiff import _C
 
-    return kernel_node("LongAttention", lambda q, k, v, out, **how: _C.attention(q, k, v, out=out, **how))
+    return kernel_node("LongAttention", lambda q, k, v, out, threads, **how: _C.attention(q, k, v, out=out, threads=threads.count, **how))
 
 
 def use_kernels(model, rounding, threads):
     """Give attention over `KEYS` keys and more, where their number is known, to the kernels, in place.
 
-    rounding: operands may be rounded to bfloat16. threads: see kernel_threads.
+    rounding: operands may be rounded to bfloat16. threads: KernelThreads.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return      # NEON's were never timed on such a processor
-    make, how = long_attention(), {"implementation": "low" if rounding else "auto", "threads": kernel_threads(threads)}
+    make, how = long_attention(), {"implementation": "low" if rounding else "auto", "threads": threads}
     for node in model.get_ordered_ops():
         if node.get_type_name() == "ScaledDotProductAttention" and _long_and_plain(node):
             sources, joined = [_before_split(node.input_value(i)) for i in range(3)], _after_join(node)

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from .openvino_node import kernel_node, kernel_threads
+from .openvino_node import kernel_node
 
 
 @functools.cache
@@ -16,20 +16,19 @@ def group_norm():
     """Return the class of the node: x [B,H,W,C], shift [1 or B,C] or nothing -> [B,H,W,C] (csrc/kernels/group_norm.h)."""
     from pidiff import _C
 
-    def kernel(x, *shift_and_out, **how):
+    def kernel(x, *shift_and_out, threads, **how):
         *shift, out = shift_and_out
         x, out = (a.reshape(len(a), -1, a.shape[-1]) for a in (x, out))
-        _C.group_norm(x, shift=shift[0] if shift else None, out=out, **how)
+        _C.group_norm(x, shift=shift[0] if shift else None, out=out, threads=threads.count, **how)
 
     return kernel_node("GroupNorm", kernel)
 
 
 def use_group_norm(model, threads):
     """Give group normalisation of pictures whose shape is known to the kernel, in place, with an addition per channel before it and SiLU
-    after it. threads: see kernel_threads."""
+    after it. threads: KernelThreads."""
     from openvino import opset13 as ops
 
-    threads = kernel_threads(threads)
     for node in model.get_ordered_ops():
         found = _found(node) if node.get_type_name() == "MVN" else None
         if found is None:

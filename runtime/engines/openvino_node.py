@@ -37,9 +37,18 @@ def kernel_node(name, kernel):
     return Node
 
 
-def kernel_threads(most):
-    """Return the kernels' argument `threads` for at most so many, None for all; starts them: to be called before OpenVINO has bound the
-    calling thread to a processor, as it does while it works."""
-    from pidiff import _C
+class KernelThreads:
+    """How many threads the kernels of one compiled graph use: `count`, at first 1.
 
-    return min(most or 0, _C.start_threads())
+    Making it starts the kernels' own threads: to be done before OpenVINO has bound the calling thread to a processor, as it does while
+    it works.
+    """
+
+    def __init__(self):
+        from pidiff import _C
+
+        self.count, self._most = 1, _C.start_threads()
+
+    def follow(self, compiled):
+        """Use as many as OpenVINO does for the graph: by itself one for each core, and for latency's sake of one socket only."""
+        self.count = min(self._most, compiled.get_property("INFERENCE_NUM_THREADS"))
