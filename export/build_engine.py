@@ -108,8 +108,9 @@ def _timings(config, path: str | None, log):
 
 def _keep(path: str, data) -> None:
     """Replace the file of timings at once: another builder may be reading it. It is a help, so that what goes wrong is no error."""
-    with contextlib.suppress(PidiffError):
+    with contextlib.suppress(PidiffError, OSError):
         write_atomic(path, data)
+        os.chmod(path, 0o600)
 
 
 def _write(trt, builder, network, config, out: str, log) -> None:

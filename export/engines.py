@@ -7,11 +7,14 @@ Imports no torch: on a small machine that memory belongs to the builder.
 import hashlib
 import json
 import math
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +26,6 @@ from pidiff.runtime.engine_specs import TARGETS, EngineFile, EngineSet, engine_p
 from pidiff.runtime.engine_store import EngineStore
 from pidiff.runtime.engines import ENGINES
 from pidiff.runtime.engines.tensorrt import installed_version, plugin_library, plugin_problem
-from pidiff.runtime.files import private_cache
 from pidiff.runtime.preflight import ENGINE_GRAPHS
 from pidiff.runtime.signature import SecretKey
 
@@ -126,11 +128,11 @@ def add_engines(path: Path, options: EngineOptions, report: Report = lambda *_: 
         check_disk(path, {j.graph: j.weight_bytes - j.engine.left_out for j in jobs})
         if not options.force:
             check_memory({j.graph: j.weight_bytes for j in jobs})
-        peaks, whole = {}, False
+        peaks, whole, timings = {}, False, _timings(path, engines)
         try:
             for graph in ENGINE_GRAPHS:
                 for job in (j for j in jobs if j.graph == graph):
-                    peaks[graph] = _build(job, engines, options.workspace, store.part(engines, graph), report)
+                    peaks[graph] = _build(job, engines, options.workspace, store.part(engines, graph), timings, report)
                     store.add(engines, graph, job.engine)
                 report(graph, 1.0)
             store.drop_older(engines)
@@ -196,11 +198,11 @@ def _is_built(manifest: Manifest, engines: EngineSet, job: Job) -> bool:
     return known is not None and known.graphs.get(job.graph) == job.engine
 
 
-def _build(job: Job, engines: EngineSet, workspace: int, part: Path, report: Report) -> int:
+def _build(job: Job, engines: EngineSet, workspace: int, part: Path, timings: str | None, report: Report) -> int:
     """Run the builder process for one graph; returns its peak memory in bytes."""
     request = {"module": ENGINES[engines.backend][2], "version": engines.version, "onnx": str(job.onnx.absolute()),
                "out": str(part.absolute()), "targets": engines.targets, "workspace": workspace << 20,
-               "profiles": job.engine.profiles, "fused": None, "strip": job.engine.left_out > 0, "timings": _timings(engines)}
+               "profiles": job.engine.profiles, "fused": None, "strip": job.engine.left_out > 0, "timings": timings}
     answer = {}
     with tempfile.TemporaryFile("w+") as messages, tempfile.NamedTemporaryFile(suffix=".onnx") as graph:
         if job.fused:
@@ -229,11 +231,21 @@ def _build(job: Job, engines: EngineSet, workspace: int, part: Path, report: Rep
     return answer["peak_rss"]
 
 
-def _timings(engines: EngineSet) -> str | None:
-    """Where builds of this set keep what they measured of kernels: in the user's own cache, because TensorRT trusts it. TensorRT-RTX,
-    which measures nothing while it builds, has none."""
-    folder = private_cache("tensorrt") if engines.backend == "tensorrt" else None
-    return None if folder is None else str(folder / f"{engines.id}.timings")
+def _timings(bundle: Path, engines: EngineSet) -> str | None:
+    """Where builds of this set keep what they measured of kernels: beside the bundle, which they outlive, as they do a container that the
+    bundle is mounted into. TensorRT trusts what it reads there, so it must be a file that none but this user can write. TensorRT-RTX,
+    which measures nothing while it builds, has none.
+    """
+    if engines.backend != "tensorrt":
+        return None
+    bundle = bundle.resolve()
+    file = bundle.with_name(f"{bundle.name}.{engines.id}.timings")
+    if os.path.lexists(file):
+        found = os.lstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            warnings.warn(f"{file} must be a file of the user's own with mode 600: it is not used, kernels are timed anew", stacklevel=2)
+            return None
+    return str(file)
 
 
 def _lines(stdout) -> Iterator[tuple[float, dict | None]]:

@@ -33,7 +33,7 @@ def test_timings_are_used_and_kept(tmp_path, content, used):
     cache = build_engine._timings(config, str(path), log)
     assert config.used == used and log.first == ""
     build_engine._keep(str(path), cache.serialize())
-    assert path.read_bytes() == b"ours and more" and os.listdir(tmp_path) == ["timings"]
+    assert path.read_bytes() == b"ours and more" and os.listdir(tmp_path) == ["timings"] and path.stat().st_mode & 0o777 == 0o600
     build_engine._keep(str(tmp_path / "none" / "timings"), b"x")            # no error, and nothing is left
     (tmp_path / "taken").mkdir()
     build_engine._keep(str(tmp_path / "taken"), b"x")

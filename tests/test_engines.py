@@ -168,16 +168,21 @@ def _sizes(bundle):
     return {e.left_out for e in Bundle.open(bundle).manifest.engines[NAME].graphs.values()}
 
 
-def test_timings_are_the_users_own_and_tensorrts_alone(bundle, builder, monkeypatch, tmp_path):
-    monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "cache"))
+def test_timings_lie_beside_the_bundle_and_are_the_users_own(bundle, builder, monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "find_gpu", lambda: (Gpu("Orin", "sm87", "12.6"), ""))
-    job = lambda: json.loads((tmp_path / "log.job").read_text())
+    told = lambda: json.loads((tmp_path / "log.job").read_text())["timings"]
+    file = bundle.with_name(f"{bundle.name}.tensorrt-sm87-10.3.0.timings")
     builder(version="10.3.0")
-    assert main(["--into", str(bundle), "--engine", "tensorrt", "--quiet"]) == 0
-    folder = tmp_path / "cache" / "tensorrt"
-    assert job()["timings"] == str(folder / "tensorrt-sm87-10.3.0.timings") and folder.stat().st_mode & 0o777 == 0o700
+    assert main(["--into", str(bundle), "--engine", "tensorrt", "--quiet"]) == 0 and told() == str(file)
+    set_ = engines.EngineSet("tensorrt", "10.3.0", ("sm87",), {})
+    file.touch(0o600)
+    assert engines._timings(bundle, set_) == str(file)
+    for spoil in (lambda: file.chmod(0o660), lambda: (file.unlink(), file.symlink_to(tmp_path / "another")), lambda: (file.unlink(), file.mkdir())):
+        spoil()
+        with pytest.warns(UserWarning, match="timings must be a file of the user's own with mode 600: it is not used"):
+            assert engines._timings(bundle, set_) is None
     builder()
-    assert build(bundle) == 0 and job()["timings"] is None
+    assert build(bundle) == 0 and told() is None
 
 
 @pytest.mark.parametrize("arguments", [["--into", "b"], ["mini", "out", "--into", "b", "--engine", "tensorrt-rtx"], ["mini"],
