@@ -263,7 +263,7 @@ def half_on_cuda(plain, cuda_ort, monkeypatch):
     def make(static):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "onnxruntime", sys.modules["onnxruntime"]._real)
-            pipe = Pipeline.from_bundle(plain, engine="onnxruntime", threads=1)
+            pipe = Pipeline.from_bundle(plain, engine="onnxruntime", threads=1, keep=True)
             for graph in pipe.bundle.manifest.graphs:
                 pipe._graph(graph)
         spec = pipe.bundle.graph("unet")

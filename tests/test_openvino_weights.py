@@ -41,7 +41,7 @@ def large(monkeypatch, tmp_path):
 def test_only_hot_graphs_are_rounded(bundles):
     """... so that an enrolled person is the same on every engine, and `full` rounds none."""
     for precision, rounded in (("auto", {"unet", "vae_decoder"}), ("full", set())):
-        pipe = Pipeline.from_bundle(bundles["fp32"], engine="openvino", precision=precision, threads=1)
+        pipe = Pipeline.from_bundle(bundles["fp32"], engine="openvino", precision=precision, threads=1, keep=True)
         pipe.generate(somebody(pipe), PROMPT, num_inference_steps=1)
         kinds = {n: compiled(e).get_property("INFERENCE_PRECISION_HINT").to_string() for n, e in pipe._engines.items()}
         assert len(kinds) > 7 and {n for n, kind in kinds.items() if kind == "bf16"} == rounded
