@@ -89,8 +89,8 @@ class Pipeline:
         decoder in bfloat16 where the processor has it, and ONNX Runtime the UNet's long self-attention (fused bundles),
         which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
-        denoising, decoding). None is False with max_memory; else True on a GPU, and on the processor what takes longest to load stays,
-        UNet and VAE decoder, where the machine has the memory.
+        denoising, decoding). None is False with max_memory; else True on a graphics card, and on the processor, and with TensorRT on a
+        GPU that shares its memory (Jetson), what takes longest to load stays, UNet and VAE decoder, on the processor where there is the memory.
         max_memory: bytes that this process shall not exceed, or where a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work
         that does not fit is refused.
         warm: True calls `warm_up` before this returns, with the bundle's own options; None does where engines of TensorRT are kept.
@@ -349,9 +349,11 @@ class Pipeline:
 
     def _stages_to_keep(self, keep, max_memory):
         """Return the stages whose graphs stay loaded; see `from_bundle`."""
-        if keep is None and max_memory is None:
-            return ALL if self.device != "cpu" else DRAWING if fits(self.bundle, DRAWING, self._loading) else ()
-        return ALL if keep else ()
+        if keep is not None or max_memory is not None:
+            return ALL if keep else ()
+        if self.device != "cpu":
+            return DRAWING if self._compiled and self._compiled.integrated else ALL
+        return DRAWING if fits(self.bundle, DRAWING, self._loading) else ()
 
     def _loading(self, name, weights):
         """Return bytes at the peak of loading a graph whose weights have `weights` bytes in float32; see memory.Predictor."""

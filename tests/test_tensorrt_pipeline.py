@@ -70,7 +70,8 @@ def test_pictures_are_onnx_runtimes(folder, driver, gpu, backend, integrated):
     assert (result.engine, result.device) == (backend, "cuda")
     assert np.abs(np.array(result.images, int) - expected.images).max() <= 1
     np.testing.assert_allclose(result.identity_map, expected.identity_map, atol=1e-5)
-    assert all(isinstance(e, TensorRtEngine) for e in pipe._engines.values()) and len(pipe._engines) == 6
+    assert all(isinstance(e, TensorRtEngine) for e in pipe._engines.values())
+    assert len(pipe._engines) == (3 if integrated else 6) and {"unet", "vae_decoder"} < set(pipe._engines), "a Jetson's memory is short"
     done = difference(driver, lambda: pictures(pipe, seed=2))
     assert done["launches"] == 4 + 1 and "captures" not in done, "the graphs of the UNet and of the decoder are kept"
     for options in ({"guidance_scale": 1.0}, {"num_images": 3}, {"num_images": 3, "guidance_scale": 1.0}, {"id_scale": 0.0}):
