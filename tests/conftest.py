@@ -12,6 +12,7 @@ from pathlib import Path
 
 # A job in the background of a script starts with SIGINT ignored, and its children too: the tests of Ctrl-C need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.set_threshold(100_000, 50, 100)  # exports make millions of objects, few of them in cycles: a tenth of the time
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:     # one of two processes
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -50,8 +50,9 @@ def test_graphs_put_together_otherwise_draw_every_row(tmp_path_factory, rng):
         np.testing.assert_allclose(got[key], value, rtol=2e-3, atol=2e-3 * np.abs(value).max(), err_msg=key)
 
 
-@pytest.mark.parametrize("options, at_once, copies", [({}, None, {2}), ({"guidance_interval": (0.0, 0.5)}, None, {1, 2}),
-                                                      ({"guidance_scale": 1.0}, None, {1}), ({}, 1, {1})])
+@pytest.mark.parametrize("options, at_once, copies", [({"guidance_interval": (0.0, 0.5)}, None, {1, 2}),
+                                                      *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+                                                          ({}, None, {2}), ({"guidance_scale": 1.0}, None, {1}), ({}, 1, {1})))])
 def test_pictures_do_not_change(options, at_once, copies, tmp_path_factory, monkeypatch):
     """Guided in all steps, in some, in none; and where rows are run one by one."""
     bundle, seen, bind, conditions = shared("fused", tmp_path_factory), set(), OpenVinoEngine.bind, Pipeline._conditions
