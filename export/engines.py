@@ -26,6 +26,7 @@ from pidiff.runtime.engine_specs import TARGETS, EngineFile, EngineSet, engine_p
 from pidiff.runtime.engine_store import EngineStore
 from pidiff.runtime.engines import ENGINES
 from pidiff.runtime.engines.tensorrt import installed_version, plugin_library, plugin_problem
+from pidiff.runtime.files import is_private
 from pidiff.runtime.preflight import ENGINE_GRAPHS
 from pidiff.runtime.signature import SecretKey
 
@@ -242,7 +243,7 @@ def _timings(bundle: Path, engines: EngineSet) -> str | None:
     file = bundle.with_name(f"{bundle.name}.{engines.id}.timings")
     if os.path.lexists(file):
         found = os.lstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        if not stat.S_ISREG(found.st_mode) or not is_private(found):
             warnings.warn(f"{file} must be a file of the user's own with mode 600: it is not used, kernels are timed anew", stacklevel=2)
             return None
     return str(file)

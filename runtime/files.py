@@ -81,6 +81,11 @@ def umask():
     return mask
 
 
+def is_private(found):
+    """Whether what an `os.lstat` has found is this user's own, and nobody else can use it."""
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
 def private_cache(name):
     """Return the folder `name` in the user's cache, made with mode 700; None where there is none to trust.
 
@@ -96,7 +101,7 @@ def private_cache(name):
         folder = folder.expanduser().absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = os.lstat(folder)
-        own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+        own = stat.S_ISDIR(found.st_mode) and is_private(found)
         problem = None if own else "it is another's, or others can use it"
     except (OSError, RuntimeError) as e:
         problem = reason(e) if isinstance(e, OSError) else str(e)

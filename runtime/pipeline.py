@@ -33,8 +33,9 @@ from .text import TextTokenizer
 LEVELS = ("coarse", "middle", "fine", "finest")
 # The graphs that take the time, on few shapes. All others run once per person, prompt or plan: nothing would be gained
 # by rounding them, and an enrolled person is the same on every engine.
-HOT_GRAPHS = ("unet", "unet_cached", "vae_decoder")
-ALL, DRAWING = tuple(STAGES), ("denoise", "decode")     # stages to keep
+DRAWING = ("denoise", "decode")
+HOT_GRAPHS = tuple(graph for stage in DRAWING for graph in STAGES[stage])
+ALL = tuple(STAGES)
 
 
 class Pipeline:

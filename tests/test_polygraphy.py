@@ -32,7 +32,7 @@ def test_inspect(bundle):
     assert status == 0 and f"---- {nodes} Node(s) ----" in text and "id_fold" in text
 
 
-def test_every_layer_is_finite(bundle, tmp_path):
+def test_every_layer_is_finite(bundle):
     status, text = polygraphy("run", bundle / "vae_decoder.onnx", "--onnxrt", "--validate", "--onnx-outputs", "mark", "all")
     valid = re.findall(r"PASSED \| Output: (\S+) is valid", text)
     assert status == 0 and "image" in valid and len(valid) > 20, text[-2000:]
@@ -41,7 +41,7 @@ def test_every_layer_is_finite(bundle, tmp_path):
 def test_a_layer_that_is_not_finite_is_named(bundle, tmp_path):
     onnx = pytest.importorskip("onnx")
     model = onnx.load(bundle / "vae_decoder.onnx")
-    bias = next(t for t in model.graph.initializer if t.name.endswith("conv_in.bias") or ".bias" in t.name)
+    bias = next(t for t in model.graph.initializer if ".bias" in t.name)
     bias.raw_data = b"\xff" * len(bias.raw_data)        # NaN in all float formats
     onnx.save(model, tmp_path / "broken.onnx")
     status, text = polygraphy("run", tmp_path / "broken.onnx", "--onnxrt", "--validate", "--onnx-outputs", "mark", "all")
