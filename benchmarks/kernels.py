@@ -5,8 +5,9 @@
 The rate they are held against is measured by kernel_rate.cc (needs g++): multiply-adds on registers, in float32 and, where
 the processor has AVX-512-BF16 or AMX, in bfloat16. It is an upper bound that no real product reaches; PyTorch's matmul of
 1024 x 1024 matrices is printed beside it. All are measured in turns, in one process, by processor time divided by the
-threads, so that other work on the machine disturbs as little as it can; the table has medians. Every output is first
-compared with float64 on some rows.
+threads, so that other work on the machine disturbs as little as it can, and each call's share is of the rate directly before
+and after it: a processor's clock follows what the whole machine does. The table has medians. Every output is first compared
+with float64 on some rows.
 
 --callgrind counts, instead of timing, the instructions of a call per multiply-add under valgrind, which noise does not touch.
 Valgrind does not know AVX-512, so that shows the AVX2 and the portable version only.
@@ -31,6 +32,7 @@ SHAPES = [  # queries, keys, heads, head dim
     (4096, 4096, 8, 40), (4096, 4096, 5, 64), (1024, 1024, 8, 80), (256, 256, 8, 160), (4096, 77, 8, 40), (1024, 77, 8, 80),
 ]
 CALLGRIND_SHAPES = [(512, 1024, 2, 40), (512, 1024, 2, 64), (512, 77, 2, 40)]
+KINDS = {"avx512bf16": "bfloat16", "amx": "amx"}  # column -> rate it is held against; float32 else
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 
 
@@ -92,8 +94,8 @@ def gflops(operations: float, call, threads: int) -> float:
     return (operations or done) / (time.process_time() - start) / threads * 1e-9
 
 
-def measure(shape, rounds: int, threads: int, rate: dict) -> tuple[dict, dict]:
-    """Medians of GFLOP/s by column, and of the rates that were measured between the calls."""
+def measure(shape, rounds: int, threads: int, rate: dict) -> dict:
+    """Column -> medians of GFLOP/s, of its share of the rate and of that rate."""
     queries, keys, heads, dim = shape
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, n, heads * dim), dtype=np.float32) for n in (queries, keys, keys))
@@ -101,14 +103,17 @@ def measure(shape, rounds: int, threads: int, rate: dict) -> tuple[dict, dict]:
     for name, (dtype, call) in calls.items():
         check(name, dtype, call(), q, k, v, heads)
     repeats = max(1, round(4e9 / operations))
-    times, peaks = {name: [] for name in calls}, {name: [] for name in rate}
+    rows = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, peak in rate.items():
-            peaks[name].append(gflops(0, peak, 1))
         for name, (_, call) in calls.items():
-            call()  # what it reads comes from the caches then, as a layer's does; the others' calls have taken it out of them
-            times[name].append(gflops(operations * repeats, lambda call=call: [call() for _ in range(repeats)], threads))
-    return tuple({n: statistics.median(x) for n, x in of.items()} for of in (times, peaks))
+            peak = rate[KINDS.get(name, "float32")]
+            for _ in range(2):
+                call()  # what it reads comes from the caches then, as a layer's does; the others' calls have taken it out of them
+            before = gflops(0, peak, 1)
+            speed = gflops(operations * repeats, lambda call=call: [call() for _ in range(repeats)], threads)
+            around = (before + gflops(0, peak, 1)) / 2
+            rows[name].append((speed, speed / around, around))
+    return {name: tuple(map(statistics.median, zip(*row))) for name, row in rows.items()}
 
 
 def table(args) -> None:
@@ -120,12 +125,10 @@ def table(args) -> None:
     square = statistics.median(gflops(2 * 1024**3 * 4, lambda: [a @ a for _ in range(4)], args.threads) for _ in range(9))
     print(f"torch matmul of 1024 x 1024, float32: {square:.0f} GFLOP/s a thread")
     for shape in SHAPES[:1] + SHAPES[4:5] if args.quick else SHAPES:
-        times, peaks = measure(shape, args.rounds, args.threads, rate)
-        print("S {} keys {} heads {} d {}; rate ".format(*shape) + ", ".join(f"{n} {p:.0f}" for n, p in peaks.items()))
-        for name, value in times.items():
-            peak = peaks[{"avx512bf16": "bfloat16", "amx": "amx"}.get(name, "float32")]
-            shown = "" if name == "torch bf16" else f"  {value / peak:.2f} of the rate"
-            print(f"  {name:12} {value:6.1f}{shown}", flush=True)
+        print("S {} keys {} heads {} d {}: GFLOP/s a thread".format(*shape))
+        for name, (speed, share, peak) in measure(shape, args.rounds, args.threads, rate).items():
+            shown = "" if name == "torch bf16" else f"  {share:.2f} of the rate, {peak:.0f}"
+            print(f"  {name:12} {speed:6.1f}{shown}", flush=True)
 
 
 def instructions(implementation: str, shape, calls: int, folder: str) -> int:

@@ -113,6 +113,22 @@ def test_attention_outlier_rows(rng, carrier):
     np.testing.assert_allclose(got[:, 5], OPERANDS.get(carrier, np.asarray)(v).mean(1), atol=1e-6)
 
 
+@carriers
+@pytest.mark.parametrize("last", [3.0, 30.0, 150.0])
+def test_attention_of_growing_logits(rng, carrier, last):
+    """The maximum rises from block to block: by too little to matter, or so far that sums have to be scaled; in half of the
+    rows it falls. A row of NaN among them disturbs no other."""
+    queries, keys, dim = 150, 400, 40
+    q, k, v = (rng.standard_normal((1, n, dim)).astype(np.float32) for n in (queries, keys, keys))
+    q[..., 0] = np.linspace(-1, 1, queries) * np.sqrt(dim)
+    k[..., 0] = np.linspace(0, last, keys)  # in the logits, times -1 to 1
+    q[:, 70] = np.nan
+    got = CARRIERS[carrier][0](q, k, v, 1)
+    others = np.arange(queries) != 70
+    assert np.isnan(got[:, 70]).all() and np.isfinite(got[:, others]).all()
+    require_attention(carrier, got[:, others], q[:, others], k, v, 1)
+
+
 @pytest.mark.parametrize("carrier", [name for name in CARRIERS if not name.startswith("torch")])
 def test_attention_half_overflow(carrier):
     """Half inputs whose products overflow half: the kernels' arithmetic is float32."""

@@ -55,7 +55,7 @@ PIDIFF_INLINE const float* column_units(const float* const (&rows)[2], std::int6
 }
 #else
 constexpr int kDepth = 1;
-constexpr int kExponentialTerms = 7;
+constexpr int kExponentialTerms = 6;
 
 PIDIFF_INLINE Float multiply_add(Float units, float unit, Float sum) { return sum + unit * units; }
 

@@ -55,8 +55,8 @@ void pack_keys(const AttentionParams& p, std::int64_t b, std::int64_t block, flo
     }
 }
 
-// scores[t][lanes] = k[t] . queries; raises `top` to the block's maximum.
-template <int NV>
+// scores[t][lanes] = k[t] . queries; raises `top` to the block's maximum if Raise.
+template <int NV, bool Raise>
 void scores(const float* k, const float* queries, std::int64_t count, std::int64_t d, float* to, Float (&top)[NV]) {
   constexpr std::int64_t lanes = NV * kLanes;
   const std::int64_t units = units_of(d);
@@ -67,15 +67,14 @@ void scores(const float* k, const float* queries, std::int64_t count, std::int64
     for (int i = 0; i < MR; ++i)
       for (int j = 0; j < NV; ++j) {
         store(to + (t + i) * lanes + j * kLanes, sum[i][j]);
-        top[j] = maximum(top[j], sum[i][j]);
+        if constexpr (Raise) top[j] = maximum(top[j], sum[i][j]);
       }
   });
 }
 
-// sums[i][lanes] = sums * keep + sum_t v[t][i] * weights[t]
+// sums[i][lanes] += sum_t v[t][i] * weights[t], from zero if `first`.
 template <int NV>
-void accumulate(const float* v, float* weights, std::int64_t count, std::int64_t d, bool first,
-                const Float (&keep)[NV], float* sums) {
+void accumulate(const float* v, float* weights, std::int64_t count, std::int64_t d, bool first, float* sums) {
   constexpr std::int64_t lanes = NV * kLanes;
   const std::int64_t units = units_of(count);
   tiles<kTile>(d, [&](auto tile, std::int64_t i0) PIDIFF_LAMBDA_INLINE {
@@ -83,7 +82,7 @@ void accumulate(const float* v, float* weights, std::int64_t count, std::int64_t
     Float sum[MR][NV] = {};
     if (!first)
       for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < NV; ++j) sum[i][j] = load(sums + (i0 + i) * lanes + j * kLanes) * keep[j];
+        for (int j = 0; j < NV; ++j) sum[i][j] = load(sums + (i0 + i) * lanes + j * kLanes);
     multiply_panel<MR, NV>(v + i0 * units, weights, lanes, units, sum);
     for (int i = 0; i < MR; ++i)
       for (int j = 0; j < NV; ++j) store(sums + (i0 + i) * lanes + j * kLanes, sum[i][j]);

@@ -5,7 +5,8 @@
 // operation. Both products are in attention_panels.h, or, in a file that defines PIDIFF_AMX, in attention_tiles.h. K and V
 // are packed once per head, in the order in which these read them: rows of a layer lie kilobytes apart, and
 // every block of queries reads all of them. Keys pass in blocks with the online softmax; up to kAllKeys keys (text) are
-// one block, and nothing is rescaled.
+// one block. The maximum is that of the first block, until a sum of weights reaches kFar: a weight may be as large as a
+// float can be, so what is higher by a little needs no other maximum, no search for one, and nothing is rescaled.
 #pragma once
 
 #include "kernels/attention_cpu.h"
@@ -23,6 +24,7 @@ namespace pidiff {
 namespace {
 
 constexpr std::int64_t kQueryBlock = kVectors * kLanes;
+constexpr float kFar = 4294967296.0f;  // 2^32: values times weights stay far from infinity
 
 // --- one block of queries --------------------------------------------------------------------------------------------
 
@@ -59,6 +61,34 @@ PIDIFF_INLINE void exponentials(float* scores, std::int64_t count, const Float (
     }
 }
 
+// Another maximum: what was summed under the last one is scaled.
+template <int NV>
+void rescale(const Float (&higher)[NV], std::int64_t d, Float (&top)[NV], Float (&total)[NV], float* sums) {
+  for (int j = 0; j < NV; ++j) {
+    const Float keep = exp2(top[j] - higher[j]);
+    top[j] = higher[j];
+    total[j] *= keep;
+    for (std::int64_t i = 0; i < d; ++i) {
+      float* at = sums + (i * NV + j) * kLanes;
+      store(at, load(at) * keep);
+    }
+  }
+}
+
+// Weights under the maximum of earlier blocks; false, and `total` as it was, if they are too large under it.
+template <int NV>
+bool weights_under(const float* k, const float* queries, std::int64_t count, std::int64_t d, Float (&top)[NV],
+                   float* weights, Float (&total)[NV]) {
+  Float sum[NV];
+  for (int j = 0; j < NV; ++j) sum[j] = total[j];
+  scores<NV, false>(k, queries, count, d, weights, top);
+  exponentials<NV>(weights, count, top, sum);
+  for (int j = 0; j < NV; ++j)
+    if (!all_below(sum[j], kFar)) return false;
+  for (int j = 0; j < NV; ++j) total[j] = sum[j];
+  return true;
+}
+
 template <int NV>
 void attention_lanes(const AttentionParams& p, const float* packed, std::int64_t b, std::int64_t h, std::int64_t row0,
                      std::int64_t rows, float* scratch) {
@@ -79,16 +109,15 @@ void attention_lanes(const AttentionParams& p, const float* packed, std::int64_t
   for (int j = 0; j < NV; ++j) top[j] = splat(-3.0e38f);
   for (std::int64_t t0 = 0; t0 < p.keys; t0 += block) {
     const std::int64_t count = p.keys - t0 < block ? p.keys - t0 : block;
-    Float higher[NV], keep[NV];
-    for (int j = 0; j < NV; ++j) higher[j] = top[j];
-    scores<NV>(packed, queries, count, d, weights, higher);
-    for (int j = 0; j < NV; ++j) {
-      keep[j] = exp2(top[j] - higher[j]);
-      top[j] = higher[j];
-      total[j] *= keep[j];
+    const bool first = t0 == 0;
+    if (first || !weights_under<NV>(packed, queries, count, d, top, weights, total)) {
+      Float higher[NV];
+      for (int j = 0; j < NV; ++j) higher[j] = top[j];
+      scores<NV, true>(packed, queries, count, d, weights, higher);
+      rescale<NV>(higher, first ? 0 : d, top, total, sums);
+      exponentials<NV>(weights, count, top, total);
     }
-    exponentials<NV>(weights, count, top, total);
-    accumulate<NV>(packed + packed_k(p, count), weights, count, d, t0 == 0, keep, sums);
+    accumulate<NV>(packed + packed_k(p, count), weights, count, d, first, sums);
     packed += packed_size(p, count);
   }
   for (int j = 0; j < NV; ++j) total[j] = 1.0f / total[j];

@@ -53,31 +53,40 @@ std::int64_t packed_size(const AttentionParams& p, std::int64_t count) {
   return packed_k(p, count) + sum_rows(p.head_dim) * whole(units_of(count));
 }
 
-std::int64_t pack_scratch(const AttentionParams& p) { return 4 * whole(p.head_dim); }
+// A line of K, or sixteen of V, and two rows before they are units.
+std::int64_t pack_scratch(const AttentionParams& p) { return (2 + kSide) * whole(p.head_dim); }
 
 void pack_keys(const AttentionParams& p, std::int64_t b, std::int64_t block, float* to, std::int64_t head_size,
                float* scratch) {
-  const std::int64_t d = p.head_dim, first = block * key_block(p), width = query_rows(d);
+  const std::int64_t d = p.head_dim, first = block * key_block(p), width = query_rows(d), line = whole(d);
   const std::int64_t count = p.keys - first < key_block(p) ? p.keys - first : key_block(p), depth = whole(units_of(count));
-  float* line = scratch + 2 * whole(d);
+  float* lines = scratch + 2 * line;
+  std::memset(lines, 0, static_cast<std::size_t>(kSide * line) * sizeof(float));
   for (std::int64_t h = 0; h < p.heads; ++h)
-    std::memset(to + h * head_size, 0, static_cast<std::size_t>(packed_size(p, count)) * sizeof(float));
-  std::memset(line, 0, static_cast<std::size_t>(width) * sizeof(float));
+    std::memset(to + h * head_size, 0, static_cast<std::size_t>(packed_k(p, count)) * sizeof(float));
   for (std::int64_t t = 0; t < count; ++t)
     for (std::int64_t h = 0; h < p.heads; ++h) {
       const std::int64_t at = b * p.k_stride.batch + (first + t) * p.k_stride.token + h * p.k_stride.head;
-      row_units(row_of(p.k, at, d, p.dtype, scratch), d, 1.0f, line);
+      row_units(row_of(p.k, at, d, p.dtype, scratch), d, 1.0f, lines);
       float* row = to + h * head_size + t / kSide * kSide * width + t % kSide * kSide;
-      for (std::int64_t u = 0; u < width; u += kSide) store(row + u * kSide, load(line + u));
+      for (std::int64_t u = 0; u < width; u += kSide) store(row + u * kSide, load(lines + u));
     }
-  for (std::int64_t t = 0; t < count; t += kDepth)
+  for (std::int64_t u = 0; u < depth; u += kSide)
     for (std::int64_t h = 0; h < p.heads; ++h) {
-      const std::int64_t at = b * p.v_stride.batch + (first + t) * p.v_stride.token + h * p.v_stride.head;
-      const float* rows[kDepth] = {row_of(p.v, at, d, p.dtype, scratch)};
-      if (t + 1 < count) rows[1] = row_of(p.v, at + p.v_stride.token, d, p.dtype, scratch + whole(d));
-      column_units(rows, d, line);
-      float* column = to + h * head_size + packed_k(p, count) + t / 2 / kSide * kWhole + t / 2 % kSide;
-      for (std::int64_t i = 0; i < d; ++i) column[i / kSide * kSide * depth + i % kSide * kSide] = line[i];
+      for (std::int64_t pair = 0; pair < kSide; ++pair) {
+        const std::int64_t t = 2 * (u + pair);
+        const std::int64_t at = b * p.v_stride.batch + (first + t) * p.v_stride.token + h * p.v_stride.head;
+        float* to_line = lines + pair * line;
+        if (t >= count) {
+          std::memset(to_line, 0, static_cast<std::size_t>(d) * sizeof(float));
+          continue;
+        }
+        const float* rows[kDepth] = {row_of(p.v, at, d, p.dtype, scratch)};
+        if (t + 1 < count) rows[1] = row_of(p.v, at + p.v_stride.token, d, p.dtype, scratch + line);
+        column_units(rows, d, to_line);
+      }
+      float* tile = to + h * head_size + packed_k(p, count) + u * kSide;
+      for (std::int64_t i = 0; i < line; i += kSide) transpose(lines + i, line, kSide, kSide, tile + i * depth, kSide);
     }
 }
 
@@ -128,29 +137,23 @@ PIDIFF_INLINE void multiply_rows(const float* a, const float* b, std::int64_t ro
   if (i < rows) multiply_tiles<NV, false, First>(a + i * units, b, units, to + i * lanes);
 }
 
-// scores[t][lanes] = k[t] . queries; raises `top` to the block's maximum.
-template <int NV>
+// scores[t][lanes] = k[t] . queries; raises `top` to the block's maximum if Raise.
+template <int NV, bool Raise>
 void scores(const float* k, const float* queries, std::int64_t count, std::int64_t d, float* to, Float (&top)[NV]) {
   constexpr std::int64_t lanes = NV * kLanes;
   multiply_rows<NV, true>(k, queries, whole(count), query_rows(d), to);
-  for (std::int64_t t = 0; t < count; ++t)
+  for (std::int64_t t = 0; Raise && t < count; ++t)
     for (int j = 0; j < NV; ++j) top[j] = maximum(top[j], load(to + t * lanes + j * kLanes));
 }
 
-// sums[i][lanes] = sums * keep + sum_t v[t][i] * weights[t]; weights are padded with zeros.
+// sums[i][lanes] += sum_t v[t][i] * weights[t], from zero if `first`; weights are padded with zeros.
 template <int NV>
-void accumulate(const float* v, float* weights, std::int64_t count, std::int64_t d, bool first, const Float (&keep)[NV],
-                float* sums) {
+void accumulate(const float* v, float* weights, std::int64_t count, std::int64_t d, bool first, float* sums) {
   constexpr std::int64_t lanes = NV * kLanes;
   const std::int64_t units = units_of(count);
   std::memset(weights + units * lanes, 0, static_cast<std::size_t>((whole(units) - units) * lanes) * sizeof(float));
-  if (first) return multiply_rows<NV, true>(v, weights, whole(d), whole(units), sums);
-  for (std::int64_t i = 0; i < d; ++i)
-    for (int j = 0; j < NV; ++j) {
-      float* at = sums + i * lanes + j * kLanes;
-      store(at, load(at) * keep[j]);
-    }
-  multiply_rows<NV, false>(v, weights, whole(d), whole(units), sums);
+  const auto multiply = first ? multiply_rows<NV, true> : multiply_rows<NV, false>;
+  multiply(v, weights, whole(d), whole(units), sums);
 }
 
 }  // namespace

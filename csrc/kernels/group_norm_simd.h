@@ -69,11 +69,11 @@ void norm_rows(const GroupNormParams& p, const float* factor, const float* offse
     const float* x = row_of(p.x, r * p.channels, p.channels, p.dtype, lines);
     float* to = p.dtype == DType::float32 ? static_cast<float*>(p.out) + r * p.channels : wide;
     if (!p.silu)
-      norm_row<false, 7>(x, factor, offset, p.channels, to);
+      norm_row<false, 6>(x, factor, offset, p.channels, to);
     else if (p.dtype == DType::bfloat16)
       norm_row<true, 4>(x, factor, offset, p.channels, to);
     else
-      norm_row<true, 7>(x, factor, offset, p.channels, to);
+      norm_row<true, 6>(x, factor, offset, p.channels, to);
     if (p.dtype != DType::float32) narrow(wide, static_cast<std::uint16_t*>(p.out) + r * p.channels, p.channels, p.dtype);
   }
 }

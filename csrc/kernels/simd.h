@@ -48,34 +48,45 @@ PIDIFF_INLINE Float splat(float value) { return value - Float{}; }
 
 // The second operand wins where the first is NaN-free and not larger; a NaN in `b` is kept.
 PIDIFF_INLINE Float maximum(Float a, Float b) { return a > b ? a : b; }
+PIDIFF_INLINE Float minimum(Float a, Float b) { return a < b ? a : b; }
 
-// 2^x for x <= 0, as every softmax needs it; below -126 at most 2^-126, NaN stays NaN. Relative error: below 2 ulp with
-// the seven terms of float32, 1.1e-4 with four: little beside the rounding to bfloat16 that follows (2e-3).
-template <int Terms = 7>
-PIDIFF_INLINE Float exp2(Float x) {
-  static_assert(Terms == 7 || Terms == 4, "terms");
-#ifdef __AVX512DQ__
-  const Float f = (Float)_mm512_reduce_ps((__m512)x, 0);  // what is left after rounding: [-0.5, 0.5]
+// Whether every lane is; a NaN is not.
+PIDIFF_INLINE bool all_below(Float a, float limit) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(limit), _CMP_LT_OQ) == 0xffff;
 #else
-  x = maximum(splat(-126.0f), x);
+  const Int below = a < limit;
+  bool all = true;
+  for (int lane = 0; lane < kLanes; ++lane) all &= below[lane] != 0;
+  return all;
+#endif
+}
+
+// 2^x by 2^floor(x) and a polynomial of what is left, or by the nearest integer where that is what the instructions give.
+// Fitted for the smallest relative error with 2^0 = 1: 1.7e-7 with the six terms of float32, 1.1e-4 with four: little
+// beside the rounding to bfloat16 that follows (2e-3). From 2^127 on, infinity or 2^127; below 2^-126 at most that; NaN stays NaN.
+template <int Terms = 6>
+PIDIFF_INLINE Float exp2(Float x) {
+  static_assert(Terms == 6 || Terms == 4, "terms");
+#ifdef __AVX512DQ__
+  constexpr float six[] = {6.931513118e-1f, 2.401644501e-1f, 5.579991339e-2f, 9.017029926e-3f, 1.867130257e-3f};
+  constexpr float four[] = {6.951167893e-1f, 2.276449784e-1f, 7.706705371e-2f};
+  const Float f = (Float)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // [0, 1)
+#else
+  constexpr float six[] = {6.931469776e-1f, 2.402224208e-1f, 5.550733744e-2f, 9.671512703e-3f, 1.326472724e-3f};
+  constexpr float four[] = {6.932829275e-1f, 2.422109630e-1f, 5.500893135e-2f};
+  x = maximum(splat(-126.0f), minimum(splat(127.0f), x));
   const Float shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Float rounded = x + shifter;
   const Float f = x - (rounded - shifter);  // [-0.5, 0.5]
 #endif
-  Float y;
-  if constexpr (Terms == 7) {  // Taylor coefficients of 2^f, ln(2)^k / k!
-    y = splat(1.5403530e-4f) * f + 1.3333558e-3f;
-    y = y * f + 9.6181291e-3f;
-    y = y * f + 5.5504109e-2f;
-    y = y * f + 2.4022651e-1f;
-    y = y * f + 6.9314718e-1f;
-  } else {  // fitted for the smallest relative error, with 2^0 = 1
-    y = splat(5.5008690e-2f) * f + 2.4221063e-1f;
-    y = y * f + 6.9328292e-1f;
-  }
+  const float* term = Terms == 6 ? six : four;
+  Float y = splat(term[Terms - 2]);
+#pragma GCC unroll 8
+  for (int i = Terms - 3; i >= 0; --i) y = y * f + term[i];
   y = y * f + 1.0f;
 #ifdef __AVX512DQ__
-  return (Float)_mm512_scalef_ps((__m512)y, (__m512)(x - f));
+  return (Float)_mm512_scalef_ps((__m512)y, (__m512)x);  // times 2^floor(x)
 #else
   // Casts between vectors of one size keep the bits. The shift leaves nothing of the shifter: its low nine bits are 0.
   return (Float)((Int)y + ((Int)rounded << 23));
