@@ -4,7 +4,6 @@ The reference is the model as it was trained: float32, unfolded identity branch,
 these numbers include folding, the tables outside the step loop, the custom nodes and the number format.
 """
 
-import gc
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +76,6 @@ def run_graph(path: Path, spec: GraphSpec, inputs: dict[str, Tensor], fused: boo
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types
         text = " ".join(str(error).split())[:300]
         raise ExportError(f"graph {path.stem} must run in ONNX Runtime, got {text}") from error
-    finally:
-        session = None
-        gc.collect()
 
 
 def verify_graph(path: Path, spec: GraphSpec, case: Case, precision: str, fused: bool) -> Parity:

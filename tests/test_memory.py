@@ -1,6 +1,7 @@
 """Memory: graphs of one stage at a time, and a limit that is kept or refused with the need."""
 
 import functools
+import gc
 import mmap
 import os
 import re
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,27 @@ def test_one_stage_at_a_time_gives_the_same_pictures(tiny, monkeypatch):
     assert all(len({STAGE_OF[name] for name in loaded}) == 1 for loaded in loads)
     assert [name for name, *_ in loads].count("unet") == [name for name, *_ in loads].count("vae_decoder") == 1
     assert len(alone._engines) == 1 and len(kept._engines) > 6
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_graph_ends_with_its_last_reference(tiny, engine, monkeypatch):
+    """No cycle keeps its memory until Python's collector comes by, which takes a second in a large process."""
+    pytest.importorskip(engine)
+    pipe, loaded = Pipeline.from_bundle(tiny, engine=engine, threads=1, keep=False), {}
+    load = pipe._load
+
+    def watched(name):
+        made = load(name)
+        loaded[name] = weakref.ref(made)
+        return made
+
+    monkeypatch.setattr(pipe, "_load", watched)
+    gc.disable()
+    try:
+        images(pipe, pipe.enroll(drawn_face(256)))
+        assert [name for name, graph in loaded.items() if graph() is not None] == ["vae_decoder"] and len(loaded) > 6
+    finally:
+        gc.enable()
 
 
 def test_unet_and_decoder_stay_loaded(tiny, monkeypatch):
