@@ -25,11 +25,6 @@ class CompiledEngines:
     def __contains__(self, graph):
         return graph in self._sets
 
-    @property
-    def integrated(self):
-        """Whether the GPU shares the processor's memory (Jetson)."""
-        return self._scratch.device.integrated
-
     def load(self, graph):
         """Return the Engine of a graph. Its file is hashed here, and what was hashed is what TensorRT gets. PidiffError, before it is
         read, if it is more than the limit."""

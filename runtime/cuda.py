@@ -38,11 +38,13 @@ _PROTOTYPES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU that CUDA would use: its name, its target ("sm89") and the CUDA version of the driver ("13.0")."""
+    """The first GPU that CUDA would use: its name, its target ("sm89"), the CUDA version of the driver ("13.0"), and whether it
+    shares the processor's memory (Jetson)."""
 
     name: str
     target: str
     driver: str
+    integrated: bool = False
 
 
 def find_gpu(library=None):
@@ -68,11 +70,14 @@ def _first_gpu(cuda):
     cuda.cuDeviceGet(ctypes.byref(device), 0)
     name = ctypes.create_string_buffer(256)
     cuda.cuDeviceGetName(name, len(name), device)
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
-    return Gpu(name.value.decode("utf-8", "replace"), f"sm{major.value}{minor.value}",
-               f"{version.value // 1000}.{version.value % 1000 // 10}"), ""
+    answers = []
+    for attribute in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR, _INTEGRATED):
+        answer = ctypes.c_int()
+        cuda.cuDeviceGetAttribute(ctypes.byref(answer), attribute, device)
+        answers.append(answer.value)
+    major, minor, integrated = answers
+    return Gpu(name.value.decode("utf-8", "replace"), f"sm{major}{minor}", f"{version.value // 1000}.{version.value % 1000 // 10}",
+               bool(integrated)), ""
 
 
 class Device:

@@ -11,6 +11,7 @@ import numpy as np
 from .bundle import Bundle
 from .compiled import CompiledEngines, find_compiled
 from .control_group import granted_threads
+from .cuda import find_gpu
 from .denoise import Conditions, Plan
 from .device_budget import DeviceBudget
 from .device_loop import make_denoiser
@@ -90,10 +91,9 @@ class Pipeline:
         decoder in bfloat16 where the processor has it, and ONNX Runtime the UNet's long self-attention (fused bundles),
         which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
-        denoising, decoding). None is False with max_memory; else True on a graphics card, and on the processor, and with TensorRT on a
-        GPU that shares its memory (Jetson), what takes longest to load stays, UNet and VAE decoder, on the processor where there is the memory.
-        max_memory: bytes that this process shall not exceed, or where a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work
-        that does not fit is refused.
+        denoising, decoding). None is False with max_memory; else True on a graphics card, and on the processor, where there is the memory,
+        and on a GPU that shares it (Jetson) what takes longest to load stays, UNet and VAE decoder. max_memory: bytes that this process shall not
+        exceed, or where a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work that does not fit is refused.
         warm: True calls `warm_up` before this returns, with the bundle's own options; None does where engines of TensorRT are kept.
         Raises BundleError, EngineError.
         """
@@ -353,7 +353,7 @@ class Pipeline:
         if keep is not None or max_memory is not None:
             return ALL if keep else ()
         if self.device != "cpu":
-            return DRAWING if self._compiled and self._compiled.integrated else ALL
+            return DRAWING if (gpu := find_gpu()[0]) and gpu.integrated else ALL
         return DRAWING if fits(self.bundle, DRAWING, self._loading) else ()
 
     def _loading(self, name, weights):

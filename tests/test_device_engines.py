@@ -21,6 +21,7 @@ from tiny_bundle import write_tiny_bundle
 from pidiff.runtime import Cancelled, EngineError, PidiffError, Pipeline, cuda
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.device_loop import DeviceDenoiser
+from pidiff.runtime.memory import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +272,15 @@ def half_on_cuda(plain, cuda_ort, monkeypatch):
         return pipe, unet
 
     return make
+
+
+@pytest.mark.parametrize("integrated, kept", [(False, set(STAGES)), (True, {"denoise", "decode"})])
+def test_onnx_runtime_on_cuda_keeps_what_has_a_place(plain, gpu, monkeypatch, integrated, kept):
+    """A graphics card's memory is for that; a Jetson's is the processor's, too."""
+    gpu(integrated=integrated)
+    pipe = Pipeline.from_bundle(plain, engine="onnxruntime", threads=1)
+    monkeypatch.setattr(pipe, "device", "cuda")
+    assert set(pipe._stages_to_keep(None, None)) == kept
 
 
 @pytest.mark.parametrize("static", [False, True])

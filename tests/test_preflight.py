@@ -147,18 +147,19 @@ int cuDeviceGetCount(int* n) { *n = COUNT; return 0; }
 int cuDriverGetVersion(int* v) { *v = 13020; return 0; }
 int cuDeviceGet(int* d, int i) { *d = 7 + i; return 0; }
 int cuDeviceGetName(char* name, int n, int d) { strncpy(name, d == 7 ? "A GPU" : "?", n); return 0; }
-int cuDeviceGetAttribute(int* v, int a, int d) { *v = a == 75 ? 12 : a == 76 ? 1 : -1; return 0; }
+int cuDeviceGetAttribute(int* v, int a, int d) { *v = a == 75 ? 12 : a == 76 ? 1 : a == 18 ? SHARED : -1; return 0; }
 """
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 @pytest.mark.parametrize("flags, expected", [
-    (["-DINIT=0", "-DCOUNT=2"], (Gpu("A GPU", "sm121", "13.2"), "")),
-    (["-DINIT=0", "-DCOUNT=0"], (None, "an NVIDIA driver without a usable GPU")),
-    (["-DINIT=100", "-DCOUNT=1"], (None, "an NVIDIA driver without a usable GPU (error 100)")),
+    (["-DINIT=0", "-DCOUNT=2", "-DSHARED=0"], (Gpu("A GPU", "sm121", "13.2", False), "")),
+    (["-DINIT=0", "-DCOUNT=1", "-DSHARED=1"], (Gpu("A GPU", "sm121", "13.2", True), "")),
+    (["-DINIT=0", "-DCOUNT=0", "-DSHARED=0"], (None, "an NVIDIA driver without a usable GPU")),
+    (["-DINIT=100", "-DCOUNT=1", "-DSHARED=0"], (None, "an NVIDIA driver without a usable GPU (error 100)")),
 ])
 def test_the_driver_is_asked(flags, expected, tmp_path):
-    """A driver library with six answers, compiled for the test."""
+    """A driver library with seven answers, compiled for the test."""
     (tmp_path / "cuda.c").write_text(DRIVER)
     subprocess.run(["gcc", "-shared", "-fPIC", *flags, "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
     assert find_gpu(str(tmp_path / "libcuda.so.1")) == expected
