@@ -152,8 +152,10 @@ void accumulate(const float* v, float* weights, std::int64_t count, std::int64_t
   constexpr std::int64_t lanes = NV * kLanes;
   const std::int64_t units = units_of(count);
   std::memset(weights + units * lanes, 0, static_cast<std::size_t>((whole(units) - units) * lanes) * sizeof(float));
-  const auto multiply = first ? multiply_rows<NV, true> : multiply_rows<NV, false>;
-  multiply(v, weights, whole(d), whole(units), sums);
+  if (first)
+    multiply_rows<NV, true>(v, weights, whole(d), whole(units), sums);
+  else
+    multiply_rows<NV, false>(v, weights, whole(d), whole(units), sums);
 }
 
 }  // namespace
