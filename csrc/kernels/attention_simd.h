@@ -5,8 +5,8 @@
 // operation. Both products are in attention_panels.h, or, in a file that defines PIDIFF_AMX, in attention_tiles.h. K and V
 // are packed once per head, in the order in which these read them: rows of a layer lie kilobytes apart, and
 // every block of queries reads all of them. Keys pass in blocks with the online softmax; up to kAllKeys keys (text) are
-// one block. The maximum is that of the first block, until a sum of weights reaches kFar: a weight may be as large as a
-// float can be, so what is higher by a little needs no other maximum, no search for one, and nothing is rescaled.
+// one block. The maximum is that of the first block, until a sum of weights reaches kFar: weights above one are as exact as
+// those below, so what is higher by less needs no other maximum, no search for one, and nothing is rescaled.
 #pragma once
 
 #include "kernels/attention_cpu.h"
@@ -114,7 +114,7 @@ void attention_lanes(const AttentionParams& p, const float* packed, std::int64_t
       Float higher[NV];
       for (int j = 0; j < NV; ++j) higher[j] = top[j];
       scores<NV, true>(packed, queries, count, d, weights, higher);
-      rescale<NV>(higher, first ? 0 : d, top, total, sums);
+      rescale<NV>(higher, first ? 0 : d, top, total, sums);  // before the first block there are no sums
       exponentials<NV>(weights, count, top, total);
     }
     accumulate<NV>(packed + packed_k(p, count), weights, count, d, first, sums);

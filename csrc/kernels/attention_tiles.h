@@ -2,7 +2,8 @@
 // 16 x 16 floats a product of 16 rows of sixteen pairs with sixteen rows of 16 pairs.
 //
 // Queries and weights, [pairs, lanes], lie as it wants its second operand. The first, K and V transposed, is packed into
-// whole tiles, one after the other, padded with zeros: with keys or dims down and their pairs of dims or keys across.
+// whole tiles, one after the other, with keys or dims down and their pairs of dims or keys across; what is summed over is padded
+// with zeros, and nobody reads the scores of rows of K without a key.
 #pragma once
 
 #include "kernels/attention_cpu.h"
@@ -62,8 +63,6 @@ void pack_keys(const AttentionParams& p, std::int64_t b, std::int64_t block, flo
   const std::int64_t count = p.keys - first < key_block(p) ? p.keys - first : key_block(p), depth = whole(units_of(count));
   float* lines = scratch + 2 * line;
   std::memset(lines, 0, static_cast<std::size_t>(kSide * line) * sizeof(float));
-  for (std::int64_t h = 0; h < p.heads; ++h)
-    std::memset(to + h * head_size, 0, static_cast<std::size_t>(packed_k(p, count)) * sizeof(float));
   for (std::int64_t t = 0; t < count; ++t)
     for (std::int64_t h = 0; h < p.heads; ++h) {
       const std::int64_t at = b * p.k_stride.batch + (first + t) * p.k_stride.token + h * p.k_stride.head;
