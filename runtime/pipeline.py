@@ -36,7 +36,7 @@ LEVELS = ("coarse", "middle", "fine", "finest")
 # by rounding them, and an enrolled person is the same on every engine.
 DRAWING = ("denoise", "decode")
 HOT_GRAPHS = tuple(graph for stage in DRAWING for graph in STAGES[stage])
-ALL = tuple(STAGES)
+ALL, PICTURE = tuple(STAGES), tuple(stage for stage in STAGES if stage != "enroll")
 
 
 class Pipeline:
@@ -91,8 +91,8 @@ class Pipeline:
         decoder in bfloat16 where the processor has it, and ONNX Runtime the UNet's long self-attention (fused bundles),
         which changes pictures slightly.
         keep: True keeps every graph loaded for the next picture, False only those of the stage at work (faces, text, identity,
-        denoising, decoding). None is False with max_memory; else True on a graphics card, and on the processor, where there is the memory,
-        and on a GPU that shares it (Jetson) what takes longest to load stays, UNet and VAE decoder. max_memory: bytes that this process shall not
+        denoising, decoding). None is False with max_memory; else on a graphics card what a picture needs stays, not what reads a photo; on the
+        processor, where there is the memory, and on a GPU that shares it (Jetson) what takes longest to load, UNet and VAE decoder. max_memory: bytes that this process shall not
         exceed, or where a GPU draws its part of the GPU's memory; on the CPU more pictures than fit are made one batch after another. Work that does not fit is refused.
         warm: True calls `warm_up` before this returns, with the bundle's own options; None does where engines of TensorRT are kept.
         Raises BundleError, EngineError.
@@ -330,12 +330,12 @@ class Pipeline:
         return to_image(decode(latents) if tile is None else decode_in_tiles(decode, latents, tile, scale))
 
     def _graph(self, name):
-        """Return the engine of a graph, loaded at the first use."""
+        """Return the engine of a graph, loaded at the first use. Others, of stages that are over and not kept, are let go."""
+        stays = {STAGE_OF.get(name), *self._keeps}
+        if any(STAGE_OF.get(other) not in stays for other in self._engines):
+            self._engines = {other: engine for other, engine in self._engines.items() if STAGE_OF.get(other) in stays}
+            give_back()
         if name not in self._engines:
-            stays = {STAGE_OF.get(name), *self._keeps}
-            if any(STAGE_OF.get(other) not in stays for other in self._engines):
-                self._engines = {other: engine for other, engine in self._engines.items() if STAGE_OF.get(other) in stays}
-                give_back()
             with self._stage("load"):
                 try:
                     self._engines[name] = self._load(name)
@@ -353,7 +353,7 @@ class Pipeline:
         if keep is not None or max_memory is not None:
             return ALL if keep else ()
         if self.device != "cpu":
-            return DRAWING if (gpu := find_gpu()[0]) and gpu.integrated else ALL
+            return DRAWING if (gpu := find_gpu()[0]) and gpu.integrated else PICTURE
         return DRAWING if fits(self.bundle, DRAWING, self._loading) else ()
 
     def _loading(self, name, weights):
