@@ -89,8 +89,6 @@ const CpuKernels& require_kernels(Implementation implementation) {
 
 namespace {
 
-constexpr std::int64_t kManyKeys = 512;  // from here on `low_precision` rounds
-
 bool in_float32(Implementation implementation) {
   return implementation != Implementation::avx512bf16 && implementation != Implementation::amx;
 }
@@ -106,11 +104,21 @@ Implementation fast_rounding() {
   return Implementation::automatic;
 }
 
-Implementation resolve(Implementation wanted, std::int64_t keys) {
-  if (wanted == Implementation::low_precision) wanted = keys >= kManyKeys ? fast_rounding() : Implementation::automatic;
+}  // namespace
+
+Implementation resolve_rounding(Implementation wanted) {
+  if (wanted == Implementation::low_precision) wanted = fast_rounding();
   if (wanted != Implementation::automatic) return wanted;
   const auto all = cpu_implementations();
   return *std::find_if(all.rbegin(), all.rend(), in_float32);
+}
+
+namespace {
+
+constexpr std::int64_t kManyKeys = 512;  // from here on `low_precision` rounds attention
+
+Implementation resolve(Implementation wanted, std::int64_t keys) {
+  return resolve_rounding(wanted == Implementation::low_precision && keys < kManyKeys ? Implementation::automatic : wanted);
 }
 
 // Keys and values of every (batch, head), packed.

@@ -1,5 +1,6 @@
 // The vectorised CPU version of `attention` for one instruction set (see simd.h, attention_operands.h,
-// attention_cpu.h); identity_mix is in identity_mix_simd.h, group_norm in group_norm_simd.h.
+// attention_cpu.h); identity_mix is in identity_mix_simd.h, group_norm in group_norm_simd.h, convolution in
+// convolution_simd.h.
 //
 // Vector lanes are queries. Scores are computed transposed, [keys, lanes], so that the softmax needs no horizontal
 // operation. Both products are in attention_panels.h, or, in a file that defines PIDIFF_AMX, in attention_tiles.h. K and V
@@ -16,6 +17,7 @@
 #else
 #include "kernels/attention_panels.h"
 #endif
+#include "kernels/convolution_simd.h"
 #include "kernels/group_norm_simd.h"
 #include "kernels/identity_mix_simd.h"
 #include "kernels/simd.h"
@@ -145,5 +147,6 @@ void attention_rows(const AttentionParams& p, const float* packed, std::int64_t 
   namespace pidiff { \
   extern const CpuKernels name = {kQueryBlock, kRowBlock,    kLanes,            key_block,        packed_size, \
                                   pack_scratch, attention_scratch, identity_scratch, pack_keys, attention_rows, \
-                                  identity_rows, norm_sums, norm_rows}; \
+                                  identity_rows, norm_sums, norm_rows, kPanel, kDepth, pack_convolution, convolution_scratch, \
+                                  convolution_tiles}; \
   }

@@ -13,6 +13,7 @@ from ..files import private_cache, trim_folder
 from ..memory import PACKED, MappedPages, available_memory, give_back
 from . import check_names, rebound
 from .openvino_attention import use_kernels
+from .openvino_convolution import use_convolution
 from .openvino_gates import split_gates
 from .openvino_group_norm import use_group_norm
 from .openvino_node import KernelThreads
@@ -52,7 +53,7 @@ class OpenVinoEngine:
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
         self._large = large = sum(op.get_byte_size() for op in _constants(self._model)) >= LARGE_BYTES
-        self._any_batch, self._packing = False, nullcontext
+        self._any_batch, self._packing, self._convolutions = False, nullcontext, {}
         if large:
             with _mapped(self._model).dropped():
                 kind = self._config["INFERENCE_PRECISION_HINT"]
@@ -152,6 +153,7 @@ class OpenVinoEngine:
                 rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", KernelThreads()
                 use_kernels(model, rounding, threads)
                 if rounding and not self._any_batch:
+                    use_convolution(model, threads, self._convolutions)     # first: a normalisation would take its bias
                     use_group_norm(model, threads)
         config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
         with self._packing():

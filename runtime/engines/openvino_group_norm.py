@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from .openvino_node import kernel_node
+from .openvino_node import channels_first, channels_last, kernel_node, reader, readers, values, with_constant
 
 
 @functools.cache
@@ -34,11 +34,11 @@ def use_group_norm(model, threads):
         if found is None:
             continue
         last, source, shift, how = found
-        inputs = [ops.transpose(source, np.array([0, 2, 3, 1])).output(0)]
+        inputs = [channels_last(source)]
         if shift is not None:
             inputs.append(ops.reshape(shift, np.array([0, -1]), True).output(0))
         normed = group_norm()(inputs, threads=threads, **how)
-        last.output(0).replace(ops.transpose(normed.output(0), np.array([0, 3, 1, 2])).output(0))
+        last.output(0).replace(channels_first(normed.output(0)))
     model.validate_nodes_and_infer_types()
 
 
@@ -51,17 +51,17 @@ def _found(mvn):
     rows, how = mvn.input_value(0).get_node(), mvn.get_attributes()
     source = rows.input_value(0) if rows.get_type_name() == "Reshape" else None
     shape = source and source.get_partial_shape()
-    axes = _values(mvn.input_value(1))
+    axes = values(mvn.input_value(1))
     plain = how["normalize_variance"] and how["eps_mode"].upper() == "INSIDE_SQRT" and axes is not None and list(axes) == [2]
     if not (plain and shape and shape.is_static and len(shape) == 4):
         return None
-    ones, by_one = _with_constant(mvn, "Multiply")
-    zeros, to_zero = _with_constant(by_one, "Add")
-    picture = _reader(to_zero)
+    ones, by_one = with_constant(mvn, "Multiply")
+    zeros, to_zero = with_constant(by_one, "Add")
+    picture = reader(to_zero)
     if picture is None or picture.get_type_name() != "Reshape" or list(picture.get_output_shape(0)) != list(shape) or (ones != 1).any() or zeros.any():
         return None
-    weight, weighted = _with_constant(picture, "Multiply")
-    bias, last = _with_constant(weighted, "Add")
+    weight, weighted = with_constant(picture, "Multiply")
+    bias, last = with_constant(weighted, "Add")
     channels = shape[1].get_length()
     if last is None or weight.size != channels or bias.size != channels:
         return None
@@ -71,45 +71,10 @@ def _found(mvn):
                                         "epsilon": how["eps"]}
 
 
-def _readers(node):
-    """Return the nodes that read a node's numbers, not its shape or type."""
-    readers = [reader for reader in node.output(0).get_target_inputs() if reader.get_node().get_type_name() != "ShapeOf"]
-    return [r.get_node() for r in readers if r.get_node().get_type_name() != "ConvertLike" or r.get_index() == 0]
-
-
-def _reader(node):
-    """Return the only one of `_readers`, None where there is none or there are several, or no node."""
-    readers = _readers(node) if node is not None else []
-    return readers[0] if len(readers) == 1 else None
-
-
-def _with_constant(node, kind):
-    """Return (numbers, reader) where a node's only reader, of this type, puts it together with constant numbers, else (None, None)."""
-    reader = _reader(node)
-    if reader is not None and reader.get_type_name() == kind:
-        for value in reader.input_values():
-            numbers = _values(value)
-            if numbers is not None:
-                return numbers, reader
-    return None, None
-
-
-def _values(value):
-    """Return the numbers of a constant in a row, floats in float32, through what changes only its shape or type; None if it is none."""
-    node = value.get_node()
-    while node.get_type_name() in ("Convert", "ConvertLike", "Reshape", "Unsqueeze"):
-        node = node.input_value(0).get_node()
-    if node.get_type_name() != "Constant":
-        return None
-    if node.get_element_type().get_type_name() == "bf16":
-        return (node.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).ravel()
-    return node.data.ravel() if node.get_element_type().is_integral() else node.data.astype(np.float32).ravel()
-
-
 def _shifted(source, channels):
     """Return (x, shift) where an output is x plus something per channel and nothing else reads it, else (output, None)."""
     add = source.get_node()
-    if add.get_type_name() == "Add" and _reader(add) is not None:
+    if add.get_type_name() == "Add" and reader(add) is not None:
         for x, shift in (add.input_values(), add.input_values()[::-1]):
             shapes = x.get_partial_shape(), shift.get_partial_shape()
             if all(s.is_static for s in shapes) and list(x.get_shape()) == list(source.get_shape()) and shift.get_shape()[0] in (1, x.get_shape()[0]):
@@ -120,6 +85,6 @@ def _shifted(source, channels):
 
 def _silu(node):
     """Return the product of a node with its own sigmoid, None where something else reads it."""
-    readers = {reader.get_type_name(): reader for reader in _readers(node)}
-    gate, product = readers.get("Sigmoid"), readers.get("Multiply")
-    return product if len(readers) == 2 and gate and product and _reader(gate) == product else None
+    kinds = {one.get_type_name(): one for one in readers(node)}
+    gate, product = kinds.get("Sigmoid"), kinds.get("Multiply")
+    return product if len(kinds) == 2 and gate and product and reader(gate) == product else None

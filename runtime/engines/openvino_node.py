@@ -6,25 +6,27 @@ _VIEWS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}  # bfloat16 a
 
 
 def kernel_node(name, kernel):
-    """Return a class of nodes, called `name`, whose result has the first input's element type and shape.
+    """Return a class of nodes, called `name`, whose result has the first input's element type and shape, behind the batch that of the argument
+    `shape` where there is one.
 
     Made of inputs and keyword arguments, a node calls kernel(*inputs, out, **arguments) with arrays; 16-bit floats come as they are.
     """
-    from openvino import Op
+    from openvino import Op, PartialShape
 
     class Node(Op):
-        def __init__(self, inputs=None, **arguments):
+        def __init__(self, inputs=None, shape=None, **arguments):
             super().__init__(self)
-            self._arguments = arguments
+            self._shape, self._arguments = shape, arguments
             if inputs is not None:
                 self.set_arguments(inputs)
                 self.constructor_validate_and_infer_types()
 
         def validate_and_infer_types(self):
-            self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
+            shape = self.get_input_partial_shape(0)
+            self.set_output_type(0, self.get_input_element_type(0), PartialShape([shape[0], *self._shape]) if self._shape else shape)
 
         def clone_with_new_inputs(self, new_inputs):
-            return Node(new_inputs, **self._arguments)
+            return Node(new_inputs, self._shape, **self._arguments)
 
         def has_evaluate(self):
             return True
@@ -35,6 +37,59 @@ def kernel_node(name, kernel):
 
     Node.__name__ = name    # OpenVINO's name of the type
     return Node
+
+
+def readers(node):
+    """Return the nodes that read a node's numbers, not its shape or type."""
+    inputs = [one for one in node.output(0).get_target_inputs() if one.get_node().get_type_name() != "ShapeOf"]
+    return [one.get_node() for one in inputs if one.get_node().get_type_name() != "ConvertLike" or one.get_index() == 0]
+
+
+def reader(node):
+    """Return the only one of `readers`, None where there is none or there are several, or no node."""
+    found = readers(node) if node is not None else []
+    return found[0] if len(found) == 1 else None
+
+
+def with_constant(node, kind):
+    """Return (numbers, reader) where a node's only reader, of this type, puts it together with constant numbers, else (None, None)."""
+    found = reader(node)
+    if found is not None and found.get_type_name() == kind:
+        for value in found.input_values():
+            numbers = values(value)
+            if numbers is not None:
+                return numbers, found
+    return None, None
+
+
+def values(value):
+    """Return the numbers of a constant in a row, floats in float32, through what changes only its shape or type; None if it is none."""
+    node = value.get_node()
+    while node.get_type_name() in ("Convert", "ConvertLike", "Reshape", "Unsqueeze"):
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "Constant":
+        return None
+    if node.get_element_type().get_type_name() == "bf16":
+        return (node.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).ravel()
+    return node.data.ravel() if node.get_element_type().is_integral() else node.data.astype(np.float32).ravel()
+
+
+def channels_last(x):
+    """Return an output [B,C,H,W] as [B,H,W,C], which it comes from or a transposition makes. OpenVINO takes two transpositions that undo each
+    other away, but not where something else reads what is between them."""
+    from openvino import opset13 as ops
+
+    node = x.get_node()
+    if node.get_type_name() == "Transpose" and list(values(node.input_value(1))) == [0, 3, 1, 2]:
+        return node.input_value(0)
+    return ops.transpose(x, np.array([0, 2, 3, 1])).output(0)
+
+
+def channels_first(x):
+    """Return an output [B,H,W,C] transposed to [B,C,H,W]."""
+    from openvino import opset13 as ops
+
+    return ops.transpose(x, np.array([0, 3, 1, 2])).output(0)
 
 
 class KernelThreads:

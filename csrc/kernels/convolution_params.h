@@ -1,0 +1,28 @@
+// 3 x 3 convolution, stride 1, padding 1, of pictures whose channels lie together, by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, arXiv
+// 1509.09308): four outputs from sixteen products in place of thirty-six.
+//
+//   out = A^T [ sum over channels of (G w G^T) * (B^T x B) ] A + bias + residual      for every tile of 2 x 2 outputs and its 4 x 4 inputs
+//
+// Sums are float32. `avx512bf16` (and `amx`, which does it by the same instructions) rounds the transforms that are multiplied to bfloat16: an
+// error some two and a half times that of rounding the result.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/attention.h"
+
+namespace pidiff {
+
+struct ConvolutionParams {
+  const void* x = nullptr;         // [batch, height, width, channels], contiguous; height and width even
+  const void* residual = nullptr;  // [batch, height, width, out_channels]; null for none
+  void* out = nullptr;             // as residual, and may be it; may not overlap x
+  std::int64_t batch = 0, height = 0, width = 0;
+  std::int64_t upsampled = 1;  // 2: x is [batch, height / 2, width / 2, channels], every pixel of it four
+  DType dtype = DType::float32;  // or bfloat16
+  // Set by Convolution:
+  const float* bias = nullptr;  // [out_channels]
+  std::int64_t channels = 0, out_channels = 0;
+};
+
+}  // namespace pidiff
