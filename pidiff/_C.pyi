@@ -6,7 +6,28 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Cancelled', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'group_norm', 'has_cuda', 'identity_mix', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'start_threads', 'step_table']
+__all__: list[str] = ['Cancelled', 'Convolution', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'group_norm', 'has_cuda', 'identity_mix', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'start_threads', 'step_table']
+class Convolution:
+    """
+    3 x 3 convolution, stride 1, padding 1, by Winograd's F(2 x 2, 3 x 3) (arXiv 1509.09308).
+    
+    weight [O, C, 3, 3] and bias [O], float32; O a multiple of 64, C of 32. They are packed for the implementation:
+    "reference" (direct), one that computes in float32 ("auto" takes the last), "avx512bf16" or "amx", which
+    round what is multiplied to bfloat16, or "low", one of these two where that is faster than float32, else "auto".
+    """
+    def __call__(self, x: numpy.ndarray, residual: numpy.ndarray | None = None, upsample: bool = False, out: numpy.ndarray | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.ndarray:
+        """
+        x [B, H, W, C], float32 or bfloat16 (ml_dtypes' or its bits as uint16), H and W even -> [B, H, W, O] in its dtype, plus
+        residual, which has the same shape: `out` if given, which may be residual and not overlap x. upsample: x is
+        [B, H / 2, W / 2, C], and every pixel of it four. threads: as in `attention`.
+        """
+    def __init__(self, weight: numpy.ndarray, bias: numpy.ndarray, implementation: str = 'auto') -> None:
+        ...
+    @property
+    def implementation(self) -> str:
+        """
+        The one that is used.
+        """
 class Cancelled(Exception):
     """
     on_step asked sample() to stop.

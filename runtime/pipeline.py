@@ -354,12 +354,12 @@ class Pipeline:
             return ALL if keep else ()
         if self.device != "cpu":
             return DRAWING if (gpu := find_gpu()[0]) and gpu.integrated else PICTURE
-        return DRAWING if fits(self.bundle, DRAWING, self._loading) else ()
+        return DRAWING if fits(self.bundle, DRAWING, partial(self._loading, lean=False)) else ()
 
-    def _loading(self, name, weights):
+    def _loading(self, name, weights, lean=True):
         """Return bytes at the peak of loading a graph whose weights have `weights` bytes in float32; see memory.Predictor."""
         hot = name in HOT_GRAPHS
-        return self._engine_class.loading(weights, hot, self.precision if hot else "full")
+        return self._engine_class.loading(weights, hot, self.precision if hot else "full", lean)
 
     def _load(self, name):
         if self._compiled and name in self._compiled:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/attention_cpu.h"
+#include "kernels/convolution.h"
 
 namespace {
 
@@ -121,6 +122,26 @@ bool check_group_norm(std::int64_t rows, std::int64_t channels, std::int64_t gro
   return close(got, expected, dtype, 8.0f, "group_norm C " + std::to_string(channels));
 }
 
+bool check_convolution(std::int64_t height, std::int64_t width, std::int64_t channels, std::int64_t outputs, DType dtype) {
+  const Bytes x = normal(2 * height * width * channels, dtype), residual = normal(2 * height * width * outputs, dtype);
+  const Bytes weight = normal(outputs * channels * 9, DType::float32, 1 / std::sqrt(9.0f * static_cast<float>(channels)));
+  const Bytes bias = normal(outputs, DType::float32);
+  ConvolutionParams p;
+  p.x = x.data();
+  p.residual = residual.data();
+  p.batch = 2;
+  p.height = height;
+  p.width = width;
+  p.dtype = dtype;
+  Bytes out[2] = {residual, residual};
+  for (int i = 0; i < 2; ++i) {
+    p.out = out[i].data();
+    Convolution(reinterpret_cast<const float*>(weight.data()), reinterpret_cast<const float*>(bias.data()), outputs, channels, no_threads(),
+                i == 0 ? Implementation::portable : Implementation::reference)(p, no_threads(), 1);
+  }
+  return close(out[0], out[1], dtype, 8.0f, "convolution C " + std::to_string(channels));
+}
+
 }  // namespace
 
 int main() {
@@ -134,6 +155,9 @@ int main() {
         if (!check_identity(33, 3, d, people, dtype)) return 1;
     for (const auto& [rows, channels, groups] : {std::tuple{1, 6, 3}, {70, 64, 32}, {300, 330, 5}})
       if (!check_group_norm(rows, channels, groups, dtype)) return 1;
+    if (dtype == DType::float16) continue;
+    for (const auto& [height, width, channels, outputs] : {std::tuple{2, 4, 32, 64}, {12, 18, 64, 128}})
+      if (!check_convolution(height, width, channels, outputs, dtype)) return 1;
   }
   std::printf("%d cases\n", cases);
 }

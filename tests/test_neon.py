@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = next(filter(shutil.which, ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-g++-12")), None)
 EMULATOR = next(filter(shutil.which, ("qemu-aarch64", "qemu-aarch64-static")), None)
-SOURCES = [*(f"csrc/kernels/{name}.cc" for name in ("attention", "attention_reference", "attention_portable", "group_norm", "parallel")),
+SOURCES = [*(f"csrc/kernels/{name}.cc" for name in ("attention", "attention_reference", "attention_portable", "convolution", "group_norm", "parallel")),
            "tests/neon_attention.cc"]  # fmt: skip
 
 pytestmark = [
@@ -34,7 +34,7 @@ def test_neon_kernels_agree_with_the_clear_loops(tmp_path):
     program = tmp_path / "neon_attention"
     run(COMPILER, "-std=c++17", "-O3", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-static", "-pthread",
         f"-I{ROOT}/csrc", *(ROOT / s for s in SOURCES), "-o", program)  # fmt: skip
-    assert run(EMULATOR, program) == "117 cases\n"
+    assert run(EMULATOR, program) == "121 cases\n"
 
 
 def test_neon_tiles_use_fused_multiply_add(tmp_path):

@@ -31,6 +31,7 @@ pairs = pytest.fixture(make_pairs, scope="module")
 def kernels(monkeypatch, tmp_path):
     """Every graph counts as a large one, any attention as long."""
     monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
+    monkeypatch.setattr(engine_module, "LARGE_DRAWING_BYTES", 1)
     monkeypatch.setattr(openvino_attention, "KEYS", 1)
     monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "cache"))
 

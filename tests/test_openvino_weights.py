@@ -33,6 +33,7 @@ def bundles(tmp_path_factory):
 def large(monkeypatch, tmp_path):
     """A tiny graph counts as a large one; returns the folder of its cache."""
     monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
+    monkeypatch.setattr(engine_module, "LARGE_DRAWING_BYTES", 1)
     monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "openvino"
 

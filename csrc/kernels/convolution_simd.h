@@ -66,11 +66,11 @@ void pack_convolution(const float* weight, std::int64_t channels, std::int64_t f
       for (std::int64_t o = 0; o < kPanel; o += kLanes) {
         Float rows[3][4], all[4];
         for (int column = 0; column < 3; ++column) {
-          Float g[3];
+          float g[3][kLanes];
           for (int row = 0; row < 3; ++row)
             for (int lane = 0; lane < kLanes; ++lane)
               g[row][lane] = weight[((first + o + lane) * channels + c + step) * 9 + row * 3 + column];
-          transform_weight(g[0], g[1], g[2], rows[column]);
+          transform_weight(load(g[0]), load(g[1]), load(g[2]), rows[column]);
         }
         for (int row = 0; row < 4; ++row) {
           transform_weight(rows[0][row], rows[1][row], rows[2][row], all);

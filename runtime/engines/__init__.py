@@ -33,8 +33,8 @@ class Engine(Protocol):
     three does the same for all its values. Raises EngineError. TensorRT's takes a compiled engine in place of a path (compiled.py), ONNX
     Runtime's also `limits` (device_budget.py).
 
-    One that runs on the processor also has `loading(weights, static, precision)`, a static method: bytes at the peak of loading a graph
-    whose weights are so many bytes in float32 (memory.Predictor). An engine whose device has memory of its own may also have `array(name, shape)`, see `new_array`. One that
+    One that runs on the processor also has `loading(weights, static, precision, lean=True)`, a static method: bytes at the peak of loading a
+    graph whose weights are so many bytes in float32 (memory.Predictor), with the argument `lean` that it will have. An engine whose device has memory of its own may also have `array(name, shape)`, see `new_array`. One that
     draws on the processor may have an attribute `copies`, set before `bind`: `latents` is so many times the same rows, one after another
     (2 with guidance, 1 without), which is all that it looks at.
     """

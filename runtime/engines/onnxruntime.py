@@ -76,7 +76,7 @@ class OnnxRuntimeEngine:
         return providers
 
     @staticmethod
-    def loading(weights, static, precision):
+    def loading(weights, static, precision, lean=True):
         """See engines.Engine."""
         return PACKED * weights
 

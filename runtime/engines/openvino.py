@@ -13,7 +13,7 @@ from ..files import private_cache, trim_folder
 from ..memory import PACKED, MappedPages, available_memory, give_back
 from . import check_names, rebound
 from .openvino_attention import use_kernels
-from .openvino_convolution import use_convolution
+from .openvino_convolution import MORE, is_faster, use_convolution
 from .openvino_gates import split_gates
 from .openvino_group_norm import use_group_norm
 from .openvino_node import KernelThreads
@@ -22,9 +22,10 @@ from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
-# From here on weights are mapped from a file in the format of the arithmetic; and, where memory counts more than time, packed once for
-# all numbers of pictures. Compiled for one of them, Stable Diffusion's UNet is a tenth faster and takes 1.7 GB for each.
-LARGE_BYTES = 256 << 20
+# From here on weights are mapped from a file in the format of the arithmetic, and our kernels take what OpenVINO is slow at; and, where memory
+# counts more than time, a graph is packed once for all numbers of pictures. Compiled for one of them, Stable Diffusion's UNet is a tenth faster
+# and takes 1.7 GB for each. Graphs that draw are large earlier: our kernels are for them, and what they hold beside weights is more.
+LARGE_BYTES, LARGE_DRAWING_BYTES = 256 << 20, 64 << 20
 ROOM = KEPT_SHAPES + 1  # packed weights that must fit into the machine's free memory for that
 # Bytes at the peak per byte of float32 weights, of a large graph in float32 and in bfloat16: packed while mapped pages are dropped (on
 # Linux, from the cache), or beside the packed ones; and for each other shape of a small graph.
@@ -52,7 +53,7 @@ class OpenVinoEngine:
         self._bound, self._given, self._request, self._requests, self._ran = {}, {}, None, OrderedDict(), set()
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
-        self._large = large = sum(op.get_byte_size() for op in _constants(self._model)) >= LARGE_BYTES
+        self._large = large = _is_large(sum(op.get_byte_size() for op in _constants(self._model)), static)
         self._any_batch, self._packing, self._convolutions = False, nullcontext, {}
         if large:
             with _mapped(self._model).dropped():
@@ -84,13 +85,13 @@ class OpenVinoEngine:
         return "bfloat16" if _config(None, precision)["INFERENCE_PRECISION_HINT"] == "bf16" else "float32"
 
     @staticmethod
-    def loading(weights, static, precision):
+    def loading(weights, static, precision, lean=True):
         """See engines.Engine."""
-        if weights // 2 < LARGE_BYTES:
+        if not _is_large(weights // 2, static):
             return int((PACKED + ANOTHER_SHAPE * (KEPT_SHAPES - 1) * static) * weights)
         narrow = static and OpenVinoEngine.computes_in(precision) == "bfloat16"
         mapped = sys.platform == "linux" and private_cache("openvino")
-        return int((MAPPED if mapped else UNMAPPED)[narrow] * weights)
+        return int(((MAPPED if mapped else UNMAPPED)[narrow] + MORE * (narrow and not lean and is_faster())) * weights)
 
     def inputs(self):
         return self._spec.inputs
@@ -180,6 +181,10 @@ def _config(threads, precision):
     return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
             "EXECUTION_MODE_HINT": "PERFORMANCE" if low else "ACCURACY",
             **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+
+
+def _is_large(size, static):
+    return size >= (LARGE_DRAWING_BYTES if static else LARGE_BYTES)
 
 
 def _names(model, spec):
