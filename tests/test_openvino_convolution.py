@@ -1,0 +1,175 @@
+"""3 x 3 convolution of OpenVINO graphs through our kernel: which nodes, and the same numbers as without."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("openvino")
+
+from test_convolution import ROUNDING, close, expected, inputs
+from test_openvino import needs_bfloat16
+from test_openvino_group_norm import results
+
+from pidiff import _C
+from pidiff.runtime.engines.openvino_ops import core
+
+core()  # imports openvino as the runtime does
+import openvino
+from openvino import opset13 as ops
+
+from pidiff.runtime.engines import openvino_convolution
+from pidiff.runtime.engines.openvino_convolution import use_convolution
+from pidiff.runtime.engines.openvino_group_norm import use_group_norm
+from pidiff.runtime.engines.openvino_node import KernelThreads
+
+SHAPE, OUTPUTS = (2, 32, 16, 18), 64
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch):
+    """The kernel counts as the faster one, wherever this runs; returns the list of what its implementations are."""
+    real, made = _C.Convolution, []
+
+    def make(*args):
+        convolution = real(*args)
+        made.append(convolution.implementation)
+        return convolution
+
+    monkeypatch.setattr(_C, "Convolution", make)
+    monkeypatch.setattr(openvino_convolution, "is_faster", lambda: True)
+    return made
+
+
+@pytest.fixture
+def numbers(rng):
+    """(x, weight, bias, residual) in OpenVINO's order of axes."""
+    x, weight, bias, residual = inputs(rng, 2, 16, 18, 32, OUTPUTS)
+    return x.transpose(0, 3, 1, 2), weight, bias, residual.transpose(0, 3, 1, 2)
+
+
+def convolved(source, weight, bias, stride=1, pad=1):
+    y = ops.convolution(source, weight, [stride] * 2, [pad] * 2, [pad] * 2, [1, 1])
+    return y if bias is None else ops.add(y, bias.reshape(1, -1, 1, 1))
+
+
+def converted(model, packed=None):
+    """What kinds of nodes a model has then."""
+    use_convolution(model, KernelThreads(), {} if packed is None else packed)
+    return [op.get_type_name() for op in model.get_ops()]
+
+
+def wanted(x, weight, bias, residual=None, upsample=False):
+    last = lambda a: None if a is None else a.transpose(0, 2, 3, 1)  # noqa: E731
+    return expected(last(x), weight, bias, last(residual), upsample).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("precision", ["f32", pytest.param("bf16", marks=needs_bfloat16)])
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("upsample", [False, True])
+def test_kernel_in_a_graph(numbers, made, precision, upsample, added, divided):
+    """A doubling before it, an addition after it and a division by one go along."""
+    x, weight, bias, residual = numbers
+    small, residual = (x[:, :, ::2, ::2], residual if added else None) if upsample else (x, residual if added else None)
+    source = ops.parameter(small.shape, np.float32)
+    y = ops.interpolate(source, np.array([1, 1, 2, 2], np.float32), "nearest", "scales", coordinate_transformation_mode="asymmetric",
+                        nearest_mode="floor") if upsample else source
+    y = convolved(y, weight, bias)
+    if added:
+        y = ops.add(y, residual)
+        if divided:
+            y = ops.divide(y, np.ones((1, 1, 1, 1), np.float32))
+    model = openvino.Model([y], [source])
+    kinds = converted(model)
+    assert kinds.count("Convolution3x3") == 1 and not {"Convolution", "Interpolate", "Add", "Divide"} & set(kinds)
+    rounding = ROUNDING.get(made[0], 2e-6) + (2**-7 if precision == "bf16" else 0)
+    close(results(model, np.ascontiguousarray(small), precision)[0], wanted(small, weight, bias, residual, upsample), rounding)
+
+
+def test_what_else_reads_the_sum_of_bias_reads_it_still(numbers, made):
+    x, weight, bias, residual = numbers
+    source = ops.parameter(SHAPE, np.float32)
+    biased = convolved(source, weight, bias)
+    model = openvino.Model([ops.add(biased, residual), ops.relu(biased)], [source])
+    kinds = converted(model)
+    assert kinds.count("Convolution3x3") == 1 and "Add" in kinds
+    plain = wanted(x, weight, bias)
+    for got, want in zip(results(model, np.ascontiguousarray(x)), (plain + residual, np.maximum(plain, 0))):
+        close(got, want, ROUNDING.get(made[0], 2e-6))
+
+
+@pytest.mark.parametrize("other", [np.ones((1, OUTPUTS, 1, 1), np.float32), "itself", "halved"])
+def test_another_addition_stays(numbers, made, other):
+    x, weight, bias, residual = numbers
+    source = ops.parameter(SHAPE, np.float32)
+    y = biased = convolved(source, weight, bias)
+    what = biased if isinstance(other, str) and other == "itself" else residual if isinstance(other, str) else other
+    y = ops.add(biased, what)
+    if isinstance(other, str) and other == "halved":
+        y = ops.divide(y, np.full((1, 1, 1, 1), 2, np.float32))
+    model = openvino.Model([y], [source])
+    kinds = converted(model)
+    assert kinds.count("Convolution3x3") == 1 and {"Add", "Divide"} & set(kinds)
+    plain = wanted(x, weight, bias)
+    want = 2 * plain if what is biased else (plain + residual) / 2 if isinstance(other, str) else plain + other
+    close(results(model, np.ascontiguousarray(x))[0], want, ROUNDING.get(made[0], 2e-6))
+
+
+@pytest.mark.parametrize("shape, outputs, options", [
+    ((2, 32, -1, 18), 64, {}), ((-1, 32, 16, 18), 64, {}), ((2, 32, 16, 17), 64, {}), ((2, 16, 16, 18), 64, {}), ((2, 32, 16, 18), 48, {}),
+    ((2, 32, 14, 18), 64, {}), ((2, 32, 32, 36), 64, {"stride": 2}), ((2, 32, 16, 18), 64, {"pad": 0}), ((2, 32, 16, 18), 64, {"bias": None}),
+])  # fmt: skip
+def test_what_is_of_another_kind_stays(made, shape, outputs, options):
+    source = ops.parameter(list(shape), np.float32)
+    bias = np.zeros(outputs, np.float32)
+    y = convolved(source, np.ones((outputs, shape[1], 3, 3), np.float32), **{"bias": bias, **options})
+    kinds = converted(openvino.Model([y], [source]))
+    assert "Convolution" in kinds and "Convolution3x3" not in kinds and not made
+
+
+def test_other_doublings_stay(numbers):
+    x, weight, bias, _ = numbers
+    for how in ({"mode": "linear"}, {"coordinate_transformation_mode": "half_pixel"}, {"nearest_mode": "ceil"}):
+        source = ops.parameter((2, 32, 8, 9), np.float32)
+        options = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", **how}
+        doubled = ops.interpolate(source, np.array([1, 1, 2, 2], np.float32), shape_calculation_mode="scales", **options)
+        kinds = converted(openvino.Model([convolved(doubled, weight, bias)], [source]))
+        assert {"Interpolate", "Convolution3x3"} <= set(kinds)
+
+
+@pytest.mark.parametrize("implementation, faster", [("avx512bf16", True), ("amx", False), ("avx512", False)])
+def test_only_where_it_is_the_faster(numbers, monkeypatch, implementation, faster):
+    _, weight, bias, _ = numbers
+    monkeypatch.undo()
+    monkeypatch.setattr(_C, "Convolution", lambda *_: SimpleNamespace(implementation=implementation))
+    monkeypatch.setattr(openvino_convolution, "is_faster", openvino_convolution.is_faster.__wrapped__)
+    source, packed = ops.parameter(SHAPE, np.float32), {}
+    kinds = converted(openvino.Model([convolved(source, weight, bias)], [source]), packed)
+    assert kinds.count("Convolution3x3") == len(packed) == faster and ("Convolution" in kinds) != faster
+
+
+def test_between_kernels_nothing_is_transposed(numbers, made):
+    """Convolution, normalisation, convolution: channels lie together all the way, and weights are packed once for two graphs."""
+    x, weight, bias, _ = numbers
+    packed = {}
+    for _ in range(2):
+        source = ops.parameter(SHAPE, np.float32)
+        y = first = convolved(source, weight, bias)
+        rows = ops.mvn(ops.reshape(y, np.array([0, 8, -1]), True), np.array([2]), True, 1e-5, "inside_sqrt")
+        rows = ops.add(ops.multiply(rows, np.ones((1, 8, 1), np.float32)), np.zeros((1, 8, 1), np.float32))
+        y = ops.reshape(rows, ops.shape_of(y), False)
+        y = ops.add(ops.multiply(y, np.ones((1, OUTPUTS, 1, 1), np.float32)), np.zeros((1, OUTPUTS, 1, 1), np.float32))
+        last = convolved(y, np.concatenate([weight, weight], 1), bias)
+        for node, name in ((first, "first"), (last, "last")):
+            node.input_value(0).get_node().set_friendly_name(name)
+        model = openvino.Model([last], [source])
+        threads = KernelThreads()
+        use_convolution(model, threads, packed)
+        use_group_norm(model, threads)
+        kinds = [op.get_type_name() for op in model.get_ops()]
+        assert (kinds.count("Convolution3x3"), kinds.count("GroupNorm")) == (2, 1)
+        compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        run = [op.get_rt_info()["layerType"].astype(str) for op in compiled.get_runtime_model().get_ordered_ops()]
+        assert run.count("Transpose") <= 2 and run.index("Transpose") < run.index("Reference")
+    assert len(made) == len(packed) == 2
