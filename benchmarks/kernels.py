@@ -1,4 +1,4 @@
-"""How close the CPU attention kernels come to what this machine's arithmetic can do.
+"""How close the CPU kernels of attention and convolution come to what this machine's arithmetic can do.
 
     python -m benchmarks.kernels [--threads N] [--rounds N] [--quick] [--callgrind]
 
@@ -7,7 +7,7 @@ the processor has AVX-512-BF16 or AMX, in bfloat16. It is an upper bound that no
 1024 x 1024 matrices is printed beside it. All are measured in turns, in one process, by processor time divided by the
 threads, so that other work on the machine disturbs as little as it can, and each call's share is of the rate directly before
 and after it: a processor's clock follows what the whole machine does. The table has medians. Every output is first compared
-with float64 on some rows.
+with float64, attention's on some rows. Operations of a convolution are those of its definition; Winograd's way does 16 products for 36 of them.
 
 --callgrind counts, instead of timing, the instructions of a call per multiply-add under valgrind, which noise does not touch.
 Valgrind does not know AVX-512, so that shows the AVX2 and the portable version only.
@@ -31,6 +31,7 @@ import numpy as np  # noqa: E402
 SHAPES = [  # queries, keys, heads, head dim
     (4096, 4096, 8, 40), (4096, 4096, 5, 64), (1024, 1024, 8, 80), (256, 256, 8, 160), (4096, 77, 8, 40), (1024, 77, 8, 80),
 ]
+CONVOLUTIONS = [(64, 320, 320), (32, 640, 640), (16, 1280, 1280), (256, 256, 256)]  # height and width, channels, outputs
 CALLGRIND_SHAPES = [(512, 1024, 2, 40), (512, 1024, 2, 64), (512, 77, 2, 40)]
 KINDS = {"avx512bf16": "bfloat16", "amx": "amx"}  # column -> rate it is held against; float32 else
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -94,14 +95,53 @@ def gflops(operations: float, call, threads: int) -> float:
     return (operations or done) / (time.process_time() - start) / threads * 1e-9
 
 
-def measure(shape, rounds: int, threads: int, rate: dict) -> dict:
-    """Column -> medians of GFLOP/s, of its share of the rate and of that rate."""
-    queries, keys, heads, dim = shape
+def attention(queries: int, keys: int, heads: int, dim: int) -> tuple:
+    """(column -> (dtype, call), operations of a call), checked."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, n, heads * dim), dtype=np.float32) for n in (queries, keys, keys))
-    calls, operations = candidates(q, k, v, heads), 4.0 * queries * keys * heads * dim
+    calls = candidates(q, k, v, heads)
     for name, (dtype, call) in calls.items():
         check(name, dtype, call(), q, k, v, heads)
+    return calls, 4.0 * queries * keys * heads * dim
+
+
+def convolution(side: int, channels: int, outputs: int) -> tuple:
+    """As `attention`; pictures of kernels that round are bfloat16, too."""
+    import torch
+
+    import pidiff._C as core
+
+    x = torch.randn(1, channels, side, side).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outputs)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)[0].movedim(0, -1).numpy()
+
+    def ours(implementation, low):
+        kernel = core.Convolution(weight.numpy(), bias.numpy(), implementation)
+        last = x.movedim(1, -1).contiguous()
+        last = last.bfloat16().view(torch.uint16).numpy() if low else last.numpy()
+        out = np.empty((1, side, side, outputs), last.dtype)
+        wide = lambda a: (a.astype(np.uint32) << 16).view(np.float32) if low else a  # noqa: E731
+        return (lambda: kernel(last, out=out)), lambda: wide(out[0])
+
+    def theirs(dtype):
+        arguments = [a.to(dtype) for a in (x, weight.to(memory_format=torch.channels_last), bias)]
+        kept = []
+        return (lambda: kept.__setitem__(slice(None), [torch.nn.functional.conv2d(*arguments, padding=1)])), lambda: kept[0][0].float().movedim(0, -1).numpy()
+
+    names = core.cpu_implementations()
+    found = {f"{name} f32": ("float32", ours(name, False)) for name in names if name in ("avx2", "avx512", "neon")}
+    found |= {name: ("bfloat16", ours(name, True)) for name in ("avx512bf16",) if name in names}
+    found |= {"torch f32": ("float32", theirs(torch.float32)), "torch bf16": ("bfloat16", theirs(torch.bfloat16))}
+    for name, (dtype, (call, result)) in found.items():
+        call()
+        error = np.abs(result() - exact).max() / np.abs(exact).max()
+        if not error < TOLERANCE[dtype]:
+            raise SystemExit(f"{name} must agree with float64 to {TOLERANCE[dtype]}, got {error}: not timed")
+    return {name: (dtype, call) for name, (dtype, (call, _)) in found.items()}, 18.0 * side**2 * channels * outputs
+
+
+def measure(calls: dict, operations: float, rounds: int, threads: int, rate: dict) -> dict:
+    """Column -> medians of GFLOP/s, of its share of the rate and of that rate."""
     repeats = max(1, round(4e9 / operations))
     rows = {name: [] for name in calls}
     for _ in range(rounds):
@@ -124,9 +164,11 @@ def table(args) -> None:
     a = torch.randn(1024, 1024)
     square = statistics.median(gflops(2 * 1024**3 * 4, lambda: [a @ a for _ in range(4)], args.threads) for _ in range(9))
     print(f"torch matmul of 1024 x 1024, float32: {square:.0f} GFLOP/s a thread")
-    for shape in SHAPES[:1] + SHAPES[4:5] if args.quick else SHAPES:
-        print("S {} keys {} heads {} d {}: GFLOP/s a thread".format(*shape))
-        for name, (speed, share, peak) in measure(shape, args.rounds, args.threads, rate).items():
+    works = [("S {} keys {} heads {} d {}", attention, shape) for shape in (SHAPES[:1] + SHAPES[4:5] if args.quick else SHAPES)]
+    works += [("3 x 3 convolution of {0} x {0}, {1} channels to {2}", convolution, shape) for shape in CONVOLUTIONS[:1 if args.quick else None]]
+    for title, make, shape in works:
+        print(title.format(*shape) + ": GFLOP/s a thread")
+        for name, (speed, share, peak) in measure(*make(*shape), args.rounds, args.threads, rate).items():
             shown = "" if name == "torch bf16" else f"  {share:.2f} of the rate, {peak:.0f}"
             print(f"  {name:12} {speed:6.1f}{shown}", flush=True)
 

@@ -147,23 +147,28 @@ class OpenVinoEngine:
 
     def _compile(self, shapes):
         model, threads = self._model, None
-        if shapes:
-            model = model.clone()
-            model.reshape({name: list(shape) for name, shape in shapes.items()})
-            if self._large:
-                rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", KernelThreads()
-                use_kernels(model, rounding, threads)
-                if rounding and not self._any_batch:
-                    use_convolution(model, threads, self._convolutions)     # first: a normalisation would take its bias
-                    use_group_norm(model, threads)
         config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
         with self._packing():
+            if shapes:
+                model = model.clone()
+                model.reshape({name: list(shape) for name, shape in shapes.items()})
+                if self._large:
+                    threads = self._use_kernels(model)
             compiled = core().compile_model(model, "CPU", config)
         if threads:
             threads.follow(compiled)
         if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
             trim_folder(self._cache)
         return compiled
+
+    def _use_kernels(self, model):
+        """Give the kernels what they are faster at; returns their KernelThreads."""
+        rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", KernelThreads()
+        use_kernels(model, rounding, threads)
+        if rounding and not self._any_batch:
+            use_convolution(model, threads, self._convolutions)     # first: a normalisation would take its bias
+            use_group_norm(model, threads)
+        return threads
 
     def _try(self, verb, work):
         try:
