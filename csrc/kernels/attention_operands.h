@@ -96,11 +96,11 @@ void transpose_in(const void* base, std::int64_t at, std::int64_t stride, std::i
   transpose(lines, units, rows, units, to, lanes);
 }
 
-// A register tile: sum[i][j] += a[k][i] * b[k][j] for k < units, where a's rows are MR units (a panel) and b's NV
-// vectors, `ldb` apart.
-template <int MR, int NV>
-PIDIFF_INLINE void multiply_panel(const float* a, const float* b, std::int64_t ldb, std::int64_t units,
-                                  Float (&sum)[MR][NV]) {
+// A register tile: sum[i][j] += a[k][i] * b[k][j] for k < units, where b's rows are NV vectors, `ldb` apart, and a's MR units: side by
+// side, or if not Panel `across` apart, each row's beside those of the next k.
+template <int MR, int NV, bool Panel = true>
+PIDIFF_INLINE void multiply_panel(const float* a, const float* b, std::int64_t ldb, std::int64_t units, Float (&sum)[MR][NV],
+                                  [[maybe_unused]] std::int64_t across = 0) {
   for (std::int64_t k = 0; k < units; ++k) {
     Float row[NV];
 #pragma GCC unroll 8
@@ -108,7 +108,7 @@ PIDIFF_INLINE void multiply_panel(const float* a, const float* b, std::int64_t l
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] = multiply_add(row[j], a[k * MR + i], sum[i][j]);
+      for (int j = 0; j < NV; ++j) sum[i][j] = multiply_add(row[j], a[Panel ? k * MR + i : i * across + k], sum[i][j]);
   }
 }
 

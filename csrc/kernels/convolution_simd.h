@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kPanelVectors = kTile >= 8 ? 4 : 2;  // with kTileRows the register tile
 constexpr std::int64_t kPanel = kPanelVectors * kLanes;
-constexpr std::int64_t kTileRows = 6;
+constexpr int kTileRows = 6;
 
 PIDIFF_INLINE Float values(const float* from) { return load(from); }
 PIDIFF_INLINE Float values(const std::uint16_t* bfloats) {
@@ -123,15 +123,7 @@ void transform_tile(const ConvolutionParams& p, std::int64_t tile, const T* zero
 // to [kTileRows, kPanel] = a [kTileRows, units] times weights [units, kPanel].
 PIDIFF_INLINE void multiply_rows(const float* a, std::int64_t units, const float* weights, float* to) {
   Float sum[kTileRows][kPanelVectors] = {};
-  for (std::int64_t k = 0; k < units; ++k) {
-    Float row[kPanelVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kPanelVectors; ++j) row[j] = load(weights + k * kPanel + j * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = multiply_add(row[j], a[i * units + k], sum[i][j]);
-  }
+  multiply_panel<kTileRows, kPanelVectors, false>(a, weights, kPanel, units, sum, units);
   for (int i = 0; i < kTileRows; ++i)
     for (int j = 0; j < kPanelVectors; ++j) store(to + i * kPanel + j * kLanes, sum[i][j]);
 }
