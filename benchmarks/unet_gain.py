@@ -1,11 +1,11 @@
-"""How much faster a whole UNet is with our attention kernels: in ONNX Runtime, whose operators they are, or in OpenVINO.
+"""How much faster a whole UNet is with our kernels: attention in ONNX Runtime, or what they do in OpenVINO.
 
     pidiff-export MODEL standard --attention standard && pidiff-export MODEL fused
     python -m benchmarks.unet_gain standard/unet.onnx fused/unet.onnx [--side N] [--batch N] [--threads N] [--rounds N]
     python -m benchmarks.unet_gain --openvino fused/unet.onnx [--precision auto|full] ...
 
 The ways are timed in turns of three runs: in ONNX Runtime the two graphs, the second one with precision "full" and "auto"; in OpenVINO one
-graph with its attention, with ours, compiled for any batch, and with ours as it is by default. In ONNX Runtime each turn loads its engine, one at
+graph with its own kernels alone, with our attention, compiled for any batch, and with ours as it is by default. In ONNX Runtime each turn loads its engine, one at
 a time (those of Stable Diffusion need the memory).
 Medians of wall and processor time of a run, the ratio of processor time to the first, and how far the output is from the first one's.
 """
@@ -13,13 +13,14 @@ Medians of wall and processor time of a run, the ratio of processor time to the 
 import argparse
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
 from pidiff.export.to_onnx import read_spec
-from pidiff.runtime.engines import load_engine, openvino_attention
+from pidiff.runtime.engines import load_engine
 
 
 def arrays(spec, sizes: dict) -> dict:
@@ -32,11 +33,11 @@ def arrays(spec, sizes: dict) -> dict:
     return inputs | {t.name: np.empty(shape(t), t.dtype) for t in spec.outputs}
 
 
-def loaded(name: str, path: Path, sizes: dict, keys: int, **options) -> tuple:
-    """(engine, its arrays), run once. keys: from how many on OpenVINO takes our attention."""
-    spec = read_spec(path)
-    with mock.patch.object(openvino_attention, "KEYS", keys):
-        engine, bound = load_engine(name)(path, spec, static=True, **options), arrays(spec, sizes)
+def loaded(name: str, path: Path, sizes: dict, own: bool = False, **options) -> tuple:
+    """(engine, its arrays), run once. own: OpenVINO with its own kernels alone."""
+    spec, kind = read_spec(path), load_engine(name)
+    with mock.patch.object(kind, "_use_kernels", lambda *_: None) if own else nullcontext():
+        engine, bound = kind(path, spec, static=True, **options), arrays(spec, sizes)
         engine.bind(bound)
     engine.run()
     return engine, bound
@@ -54,12 +55,10 @@ def timed(engine) -> list[tuple[float, float]]:
 
 def ways(args) -> dict[str, dict]:
     """Name -> arguments of `loaded`."""
-    usual = openvino_attention.KEYS
     if args.openvino:
         common = {"name": "openvino", "path": args.graphs[0], "fused": True, "precision": args.precision}
-        return {"OpenVINO's attention": common | {"keys": 1 << 62}, "any batch": common | {"keys": usual, "lean": True},
-                "ours": common | {"keys": usual}}
-    return {name: {"name": "onnxruntime", "path": path, "fused": fused, "precision": precision, "keys": usual} for name, path, fused, precision in
+        return {"OpenVINO's kernels": common | {"own": True}, "any batch": common | {"lean": True}, "ours": common}
+    return {name: {"name": "onnxruntime", "path": path, "fused": fused, "precision": precision} for name, path, fused, precision in
             (("standard", args.graphs[0], False, "full"), ("fused, full", args.graphs[-1], True, "full"), ("fused, auto", args.graphs[-1], True, "auto"))}
 
 
