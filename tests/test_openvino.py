@@ -256,8 +256,7 @@ def test_several_shapes(bundles, rng, static):
 def test_large_graphs_are_compiled_once_for_any_batch_where_memory_counts(bundles, rng, monkeypatch, lean, room, kept):
     """Asked to, short of memory or from the third number of pictures on, their weights are packed once, whatever that number; other shapes are
     compiled for themselves."""
-    monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
-    monkeypatch.setattr(engine_module, "LARGE_DRAWING_BYTES", 1)
+    monkeypatch.setattr(engine_module, "_is_large", lambda *_: True)
     monkeypatch.setattr(engine_module, "available_memory", lambda: room)
     bundle = Bundle.open(bundles["fp32"])
     engine, other = opened(bundle, "unet", static=True, lean=lean), opened(bundle, "unet", "onnxruntime")
@@ -271,8 +270,7 @@ def test_large_graphs_are_compiled_once_for_any_batch_where_memory_counts(bundle
 
 def test_other_shapes_than_batches_are_compiled_for_themselves(bundles, rng, monkeypatch):
     """However many numbers of people there were."""
-    monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
-    monkeypatch.setattr(engine_module, "LARGE_DRAWING_BYTES", 1)
+    monkeypatch.setattr(engine_module, "_is_large", lambda *_: True)
     bundle = Bundle.open(bundles["fp32"])
     engine = opened(bundle, "unet", static=True)
     for batch, people in ((2, 1), (2, 2), (2, 3), (1, 3), (2, 1)):

@@ -128,6 +128,14 @@ def test_what_is_of_another_kind_stays(made, shape, outputs, options):
     assert "Convolution" in kinds and "Convolution3x3" not in kinds and not made
 
 
+def test_a_sum_along_another_axis_is_no_bias(numbers, made):
+    """... of as many numbers as there are outputs."""
+    _, weight, bias, _ = numbers
+    source = ops.parameter((2, 32, 16, OUTPUTS), np.float32)
+    kinds = converted(openvino.Model([ops.add(convolved(source, weight, None), bias.reshape(1, 1, 1, -1))], [source]))
+    assert {"Convolution", "Add"} <= set(kinds) and not made
+
+
 def test_other_doublings_stay(numbers):
     x, weight, bias, _ = numbers
     for how in ({"mode": "linear"}, {"coordinate_transformation_mode": "half_pixel"}, {"nearest_mode": "ceil"}):

@@ -32,8 +32,7 @@ def bundles(tmp_path_factory):
 @pytest.fixture
 def large(monkeypatch, tmp_path):
     """A tiny graph counts as a large one; returns the folder of its cache."""
-    monkeypatch.setattr(engine_module, "LARGE_BYTES", 1)
-    monkeypatch.setattr(engine_module, "LARGE_DRAWING_BYTES", 1)
+    monkeypatch.setattr(engine_module, "_is_large", lambda *_: True)
     monkeypatch.setenv("PIDIFF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "openvino"
 

@@ -56,6 +56,12 @@ inline void require_contiguous(const py::array& a, const char* name) {
   if (!is_contiguous(a)) fail(std::string(name) + " must be C-contiguous, got strides of another layout");
 }
 
+inline const float* float32_values(const py::array& a, const char* name) {
+  if (std::string(py::str(a.dtype())) != "float32") fail(std::string(name) + " must be float32, got " + std::string(py::str(a.dtype())));
+  require_contiguous(a, name);
+  return static_cast<const float*>(a.data());
+}
+
 // Stride of an axis in elements. The last axis must be contiguous; an axis of one element may have any stride.
 inline std::int64_t stride(const py::array& a, const char* name, py::ssize_t axis) {
   const py::ssize_t last = a.ndim() - 1;

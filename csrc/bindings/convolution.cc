@@ -9,12 +9,6 @@
 namespace pidiff::bindings {
 namespace {
 
-const float* float_values(const py::array& values, const char* name) {
-  if (dtype_of(values, name) != DType::float32) fail(std::string(name) + " must be float32, got " + std::string(py::str(values.dtype())));
-  require_contiguous(values, name);
-  return static_cast<const float*>(values.data());
-}
-
 Convolution make(const py::array& weight, const py::array& bias, const std::string& implementation) {
   const Implementation which = parse_implementation(implementation);
   require_shape(weight, "weight", {-1, -1, 3, 3}, "[O, C, 3, 3]");
@@ -22,7 +16,7 @@ Convolution make(const py::array& weight, const py::array& bias, const std::stri
   if (out_channels < 1 || out_channels % Convolution::kOutChannels != 0 || channels < 1 || channels % Convolution::kChannels != 0)
     fail("weight must be of a multiple of 64 outputs and of 32 channels, got " + shape_of(weight));
   require_shape(bias, "bias", {weight.shape(0)}, "[O]");
-  const float *values = float_values(weight, "weight"), *offsets = float_values(bias, "bias");
+  const float *values = float32_values(weight, "weight"), *offsets = float32_values(bias, "bias");
   py::gil_scoped_release release;
   return Convolution(values, offsets, out_channels, channels, own_threads(), which);
 }

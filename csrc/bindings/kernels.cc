@@ -114,10 +114,7 @@ std::pair<py::array, py::array> py_identity_mix(const py::array& h, const py::ar
 
 const float* channel_values(const py::array& values, const char* name, std::int64_t channels) {
   require_shape(values, name, {channels}, "[C]");
-  if (std::string(py::str(values.dtype())) != "float32")
-    fail(std::string(name) + " must be float32, got " + std::string(py::str(values.dtype())));
-  require_contiguous(values, name);
-  return static_cast<const float*>(values.data());
+  return float32_values(values, name);
 }
 
 py::array py_group_norm(const py::array& x, const py::array& weight, const py::array& bias, std::int64_t num_groups,

@@ -12,7 +12,7 @@ from ..errors import EngineError, require
 from ..files import private_cache, trim_folder
 from ..memory import PACKED, MappedPages, available_memory, give_back
 from . import check_names, rebound
-from .openvino_attention import use_kernels
+from .openvino_attention import use_attention
 from .openvino_convolution import MORE, is_faster, use_convolution
 from .openvino_gates import split_gates
 from .openvino_group_norm import use_group_norm
@@ -63,7 +63,7 @@ class OpenVinoEngine:
             self._any_batch = static and (lean or not _has_room(self._model, kind))
             if self._cache:
                 trim_folder(self._cache)
-            self._cache = None      # compiled in seconds; and OpenVINO would read `use_kernels`' nodes back without what they were made with
+            self._cache = None      # compiled in seconds; and OpenVINO would read `use_attention`' nodes back without what they were made with
             give_back()
         self._kept = self._try("load", lambda: split_gates(self._model)) if large else None
         self._shares = static and large and self._try("load", lambda: share_rows(self._model))
@@ -164,7 +164,7 @@ class OpenVinoEngine:
     def _use_kernels(self, model):
         """Give the kernels what they are faster at; returns their KernelThreads."""
         rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", KernelThreads()
-        use_kernels(model, rounding, threads)
+        use_attention(model, rounding, threads)
         if rounding and not self._any_batch:
             use_convolution(model, threads, self._convolutions)     # first: a normalisation would take its bias
             use_group_norm(model, threads)

@@ -16,7 +16,7 @@ def long_attention():
     return kernel_node("LongAttention", lambda q, k, v, out, threads, **how: _C.attention(q, k, v, out=out, threads=threads.count, **how))
 
 
-def use_kernels(model, rounding, threads):
+def use_attention(model, rounding, threads):
     """Give attention over `KEYS` keys and more, where their number is known, to the kernels, in place.
 
     rounding: operands may be rounded to bfloat16. threads: KernelThreads.

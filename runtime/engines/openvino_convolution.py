@@ -69,7 +69,7 @@ def _found(node):
         return None
     weight = values(node.input_value(1))
     bias, last = with_constant(node, "Add")
-    if weight is None or last is None or bias.size != out_channels:
+    if weight is None or last is None or not any(list(x.get_partial_shape())[-3:] == [out_channels, 1, 1] for x in last.input_values()):
         return None
     return weight.reshape(out_channels, channels, 3, 3), bias, last
 
