@@ -115,10 +115,10 @@ def convolution(side: int, channels: int, outputs: int) -> tuple:
     weight, bias = torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outputs)
 
     def ours(implementation, dtype):
-        kernel, last = core.Convolution(weight.numpy(), bias.numpy(), implementation), x.movedim(1, -1).to(dtype).contiguous()
+        packed, last = core.pack_convolution(weight.numpy(), implementation), x.movedim(1, -1).to(dtype).contiguous()
         last = last.view(torch.uint16 if dtype == torch.bfloat16 else dtype).numpy()
         out = np.empty((1, side, side, outputs), last.dtype)
-        return lambda: torch.from_numpy(kernel(last, out=out)).view(dtype)
+        return lambda: torch.from_numpy(core.convolution(last, packed, bias.numpy(), implementation=implementation, out=out)).view(dtype)
 
     def theirs(dtype):
         arguments = [a.to(dtype) for a in (x, weight.to(memory_format=torch.channels_last), bias)]

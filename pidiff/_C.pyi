@@ -6,28 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['Cancelled', 'Convolution', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'cpu_implementations', 'group_norm', 'has_cuda', 'identity_mix', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'start_threads', 'step_table']
-class Convolution:
-    """
-    3 x 3 convolution, stride 1, padding 1, by Winograd's F(2 x 2, 3 x 3) (arXiv 1509.09308).
-    
-    weight [O, C, 3, 3] and bias [O], float32; O a multiple of 64, C of 32. They are packed for the implementation:
-    "reference" (direct), one that computes in float32 ("auto" takes the last), "avx512bf16" or "amx", which
-    round what is multiplied to bfloat16, or "low", one of these two where that is faster than float32, else "auto".
-    """
-    def __call__(self, x: numpy.ndarray, residual: numpy.ndarray | None = None, upsample: bool = False, out: numpy.ndarray | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.ndarray:
-        """
-        x [B, H, W, C], float32 or bfloat16 (ml_dtypes' or its bits as uint16), H and W even -> [B, H, W, O] in its dtype, plus
-        residual, which has the same shape: `out` if given, which may be residual and not overlap x. upsample: x is
-        [B, H / 2, W / 2, C], and every pixel of it four. threads: as in `attention`.
-        """
-    def __init__(self, weight: numpy.ndarray, bias: numpy.ndarray, implementation: str = 'auto') -> None:
-        ...
-    @property
-    def implementation(self) -> str:
-        """
-        The one that is used.
-        """
+__all__: list[str] = ['Cancelled', 'STEP_PARAMS', 'Schedule', 'Solver', 'attention', 'convolution', 'cpu_implementations', 'group_norm', 'has_cuda', 'identity_mix', 'implementation_of', 'pack_convolution', 'queue_step_input', 'queue_step_output', 'randn', 'sample', 'start_threads', 'step_table']
 class Cancelled(Exception):
     """
     on_step asked sample() to stop.
@@ -98,6 +77,17 @@ def attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, num_heads: t
     one of these from 512 keys on where that is faster ("amx" where it runs, else "avx512bf16" on AMD's processors),
     else "auto".
     """
+def convolution(x: numpy.ndarray, packed: numpy.ndarray, bias: numpy.ndarray, residual: numpy.ndarray | None = None, upsample: bool = False, implementation: str = 'auto', out: numpy.ndarray | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.ndarray:
+    """
+    3 x 3 convolution, stride 1, padding 1, by Winograd's F(2 x 2, 3 x 3) (arXiv 1509.09308).
+    
+    x [B, H, W, C], float32 or bfloat16 (ml_dtypes' or its bits as uint16), H and W even, packed of `pack_convolution` for the same
+    implementation, bias [O] float32 -> [B, H, W, O] in x's dtype, plus residual, which has the same shape: `out` if given, which
+    may be residual and not overlap x. upsample: x is [B, H / 2, W / 2, C], and every pixel of it four. threads: as in
+    `attention`. implementation: "reference" (direct), one that computes in float32 ("auto" takes the last), "avx512bf16" or
+    "amx", which round what is multiplied to bfloat16, or "low", one of these two where that is faster than float32, else
+    "auto".
+    """
 def cpu_implementations() -> list[str]:
     """
     CPU implementations that run on this machine, slowest first; "auto" takes the last that computes in float32.
@@ -121,6 +111,14 @@ def identity_mix(h: numpy.ndarray, y: numpy.ndarray, a: numpy.ndarray, v_id: num
     h and y [B, S, C], a [B, P, C, num_heads * T'] with T' = T + 1 (null key last) or T, v_id [B, P, T, C],
     mask [B, P, S], scale [B]. Returns (out [B, S, C], id_mass [B, P, S]): id_mass is the probability that went
     to real identity tokens, averaged over heads, and zero without a null key.
+    """
+def implementation_of(name: str) -> str:
+    """
+    What "auto" or "low" stands for on this machine where nothing is too small for rounding; another name as it is.
+    """
+def pack_convolution(weight: numpy.ndarray, implementation: str = 'auto') -> numpy.ndarray:
+    """
+    weight [O, C, 3, 3], float32, O a multiple of 64, C of 32 -> the weights as `convolution` takes them, float32 [*, *, *, *].
     """
 def queue_step_input(params: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], stream: typing.SupportsInt | typing.SupportsIndex) -> None:
     """

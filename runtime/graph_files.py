@@ -22,9 +22,15 @@ def external_bytes(graph):
 
 def cache_key(graph, folder, *made_by):
     """Return a file name that changes with the bytes of a graph, the files of its weights in a folder (size, time, inode) and what rewrites it."""
-    digest = hashlib.sha256(repr(made_by).encode())
-    digest.update(graph)
-    for name in external_files(graph):
+    return weights_key(graph, folder, graph, *made_by)
+
+
+def weights_key(graph, folder, *made_by):
+    """Return the same for the weights alone: one for all graphs that take theirs from the same files. A graph with its weights in it has its own."""
+    digest, names = hashlib.sha256(repr(made_by).encode()), external_files(graph)
+    for name in names:
         found = os.stat(Path(folder) / name)
         digest.update(f"{name} {found.st_size} {found.st_mtime_ns} {found.st_ino} {found.st_dev}".encode())
+    if not names:
+        digest.update(graph)
     return digest.hexdigest()[:32]

@@ -128,7 +128,10 @@ bool check_convolution(std::int64_t height, std::int64_t width, std::int64_t cha
   const Bytes bias = normal(outputs, DType::float32);
   ConvolutionParams p;
   p.x = x.data();
+  p.bias = reinterpret_cast<const float*>(bias.data());
   p.residual = residual.data();
+  p.channels = channels;
+  p.out_channels = outputs;
   p.batch = 2;
   p.height = height;
   p.width = width;
@@ -136,8 +139,12 @@ bool check_convolution(std::int64_t height, std::int64_t width, std::int64_t cha
   Bytes out[2] = {residual, residual};
   for (int i = 0; i < 2; ++i) {
     p.out = out[i].data();
-    Convolution(reinterpret_cast<const float*>(weight.data()), reinterpret_cast<const float*>(bias.data()), outputs, channels, no_threads(),
-                i == 0 ? Implementation::portable : Implementation::reference)(p, no_threads(), 1);
+    const Implementation implementation = i == 0 ? Implementation::portable : Implementation::reference;
+    const auto shape = packed_convolution_shape(outputs, channels, implementation);
+    std::vector<float> packed(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]));
+    pack_convolution(reinterpret_cast<const float*>(weight.data()), outputs, channels, packed.data(), no_threads(), implementation);
+    p.weights = packed.data();
+    convolution(p, no_threads(), 1, implementation);
   }
   return close(out[0], out[1], dtype, 8.0f, "convolution C " + std::to_string(channels));
 }

@@ -29,6 +29,12 @@ def inputs(rng, batch, height, width, channels, out_channels):
     return x, weight, rng.standard_normal(out_channels).astype(np.float32), residual
 
 
+def convolution(weight, bias, implementation="auto"):
+    """The function of (x, residual, ...) with these weights packed."""
+    packed = core.pack_convolution(weight, implementation)
+    return lambda x, residual=None, **how: core.convolution(x, packed, bias, residual, implementation=implementation, **how)
+
+
 def close(got, want, limit):
     """Every number, to some of the size of all."""
     assert got.shape == want.shape and np.abs(got - want).max() <= limit * np.abs(want).max()
@@ -39,12 +45,12 @@ def close(got, want, limit):
 def test_convolution(rng, implementation, batch, height, width, channels, out_channels):
     """float32 to a few roundings; with bfloat16 pictures to a rounding of theirs more."""
     x, weight, bias, residual = inputs(rng, batch, height, width, channels, out_channels)
-    convolution = core.Convolution(weight, bias, implementation)
-    rounding = ROUNDING.get(convolution.implementation, 2e-6)
-    close(convolution(x), expected(x, weight, bias), rounding)
-    close(convolution(x, residual), expected(x, weight, bias, residual), rounding)
+    convolve = convolution(weight, bias, implementation)
+    rounding = ROUNDING.get(core.implementation_of(implementation), 2e-6)
+    close(convolve(x), expected(x, weight, bias), rounding)
+    close(convolve(x, residual), expected(x, weight, bias, residual), rounding)
     low, more = bits(bfloat16(x)), bits(bfloat16(residual))
-    got = convolution(low, more)
+    got = convolve(low, more)
     assert got.dtype == low.dtype
     close(unbits(got), expected(unbits(low), weight, bias, unbits(more)), rounding + 2**-8)
 
@@ -54,32 +60,32 @@ def test_upsampled(rng, implementation):
     """As if every pixel were four; also where the small picture's sides are odd."""
     for height, width in ((3, 5), (8, 2)):
         x, weight, bias, _ = inputs(rng, 2, height, width, 32, 64)
-        convolution = core.Convolution(weight, bias, implementation)
-        got = convolution(x, upsample=True)
+        convolve = convolution(weight, bias, implementation)
+        got = convolve(x, upsample=True)
         close(got, expected(x, weight, bias, upsample=True), ROUNDING.get(implementation, 2e-6))
-        assert np.array_equal(got, convolution(x.repeat(2, 1).repeat(2, 2)))
+        assert np.array_equal(got, convolve(x.repeat(2, 1).repeat(2, 2)))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_threads_pictures_and_memory(rng, implementation):
     """A picture is the same beside others, by any number of threads, into memory that is given and over what is added to it."""
     x, weight, bias, residual = inputs(rng, 3, 16, 14, 32, 64)
-    convolution = core.Convolution(weight, bias, implementation)
-    want = convolution(x, residual)
+    convolve = convolution(weight, bias, implementation)
+    want = convolve(x, residual)
     for threads in (1, 2, 7):
-        assert np.array_equal(convolution(x, residual, threads=threads), want)
-    assert np.array_equal(np.concatenate([convolution(x[i:i + 1], residual[i:i + 1]) for i in range(3)]), want)
-    assert convolution(x, residual, out=residual) is residual and np.array_equal(residual, want)
+        assert np.array_equal(convolve(x, residual, threads=threads), want)
+    assert np.array_equal(np.concatenate([convolve(x[i:i + 1], residual[i:i + 1]) for i in range(3)]), want)
+    assert convolve(x, residual, out=residual) is residual and np.array_equal(residual, want)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_numbers_that_are_not_finite_stay_so(rng, implementation):
     """In the pixels around them; others keep their numbers, whatever memory held before."""
     x, weight, bias, _ = inputs(rng, 1, 24, 24, 32, 64)
-    convolution = core.Convolution(weight, bias, implementation)
-    want = convolution(x)
+    convolve = convolution(weight, bias, implementation)
+    want = convolve(x)
     x[0, 12, 12] = np.nan
-    got = convolution(x)
+    got = convolve(x)
     assert np.isnan(got[0, 11:14, 11:14]).all()
     far = np.ones((24, 24), bool)
     far[10:16, 10:16] = False     # tiles that read it
@@ -88,27 +94,40 @@ def test_numbers_that_are_not_finite_stay_so(rng, implementation):
 
 def test_what_it_is_given(rng):
     x, weight, bias, residual = inputs(rng, 1, 4, 4, 32, 64)
-    convolution = core.Convolution(weight, bias)
-    assert convolution.implementation in IMPLEMENTATIONS and convolution(x[:0]).shape == (0, 4, 4, 64)
+    packed = core.pack_convolution(weight)
+    call = lambda *args, **how: core.convolution(*args, **how)  # noqa: E731
+    assert call(x[:0], packed, bias).shape == (0, 4, 4, 64)
     for sentence, make in {
-        r"weight must be of a multiple of 64 outputs and of 32 channels, got \(32, 32, 3, 3\)": lambda: core.Convolution(weight[:32], bias[:32]),
-        r"weight must be of a multiple of 64 outputs and of 32 channels, got \(64, 16, 3, 3\)": lambda: core.Convolution(weight[:, :16].copy(), bias),
-        r"weight must have shape \[O, C, 3, 3\] .*, got \(64, 32, 1, 1\)": lambda: core.Convolution(weight[..., :1, :1].copy(), bias),
-        r"weight must be C-contiguous": lambda: core.Convolution(weight[:, ::-1], bias),
-        r"weight must be float32, got float16": lambda: core.Convolution(weight.astype(np.float16), bias),
-        r"bias must have shape \[O\] = \(64\), got \(32\)": lambda: core.Convolution(weight, bias[:32]),
-        r"implementation must be one of .*, got fast": lambda: core.Convolution(weight, bias, "fast"),
-        r"x must have shape \[B, H, W, C\] = \(\*, \*, \*, 32\), got \(1, 4, 4, 16\)": lambda: convolution(x[..., :16].copy()),
-        r"x must have an even height and width, got \(1, 3, 4, 32\)": lambda: convolution(x[:, :3].copy()),
-        r"x must be float32 or bfloat16, got float16": lambda: convolution(x.astype(np.float16)),
-        r"x must be C-contiguous": lambda: convolution(x[:, ::-1]),
-        r"residual must have shape \[B, H, W, O\] = \(1, 8, 8, 64\), got \(1, 4, 4, 64\)": lambda: convolution(x, residual, upsample=True),
-        r"residual must have the dtype of x, float32, got uint16": lambda: convolution(x, residual.astype(np.uint16)),
-        r"out must have shape": lambda: convolution(x, out=x),
-        r"threads must not be negative, got -1": lambda: convolution(x, threads=-1),
+        r"weight must be of a multiple of 64 outputs and of 32 channels, got \(32, 32, 3, 3\)": lambda: core.pack_convolution(weight[:32]),
+        r"weight must be of a multiple of 64 outputs and of 32 channels, got \(64, 16, 3, 3\)": lambda: core.pack_convolution(weight[:, :16].copy()),
+        r"weight must have shape \[O, C, 3, 3\] .*, got \(64, 32, 1, 1\)": lambda: core.pack_convolution(weight[..., :1, :1].copy()),
+        r"weight must be C-contiguous": lambda: core.pack_convolution(weight[:, ::-1]),
+        r"weight must be float32, got float16": lambda: core.pack_convolution(weight.astype(np.float16)),
+        r"implementation must be one of .*, got fast": lambda: core.pack_convolution(weight, "fast"),
+        r"bias must have shape \[O\] = \(\*\), got \(8, 8\)": lambda: call(x, packed, bias.reshape(8, 8)),
+        r"out_channels must be a positive multiple of 64": lambda: call(x, packed, bias[:32]),
+        r"channels must be a positive multiple of 32": lambda: call(x[..., :16].copy(), packed, bias),
+        r"packed must have shape of weights \[O, C, 3, 3\], packed .*, got \(64, 32, 3, 3\)": lambda: call(x, weight, bias),
+        r"packed must have shape .*, got": lambda: call(np.repeat(x, 2, 3), packed, bias),
+        r"packed must be C-contiguous": lambda: call(x, packed[..., ::-1], bias),
+        r"packed must be float32, got float16": lambda: call(x, packed.astype(np.float16), bias),
+        r"x must have shape \[B, H, W, C\] = .*, got \(4, 4, 32\)": lambda: call(x[0], packed, bias),
+        r"x must have an even height and width, got \(1, 3, 4, 32\)": lambda: call(x[:, :3].copy(), packed, bias),
+        r"x must be float32 or bfloat16, got float16": lambda: call(x.astype(np.float16), packed, bias),
+        r"x must be C-contiguous": lambda: call(x[:, ::-1], packed, bias),
+        r"residual must have shape \[B, H, W, O\] = \(1, 8, 8, 64\), got \(1, 4, 4, 64\)": lambda: call(x, packed, bias, residual, upsample=True),
+        r"residual must have the dtype of x, float32, got uint16": lambda: call(x, packed, bias, residual.astype(np.uint16)),
+        r"out must have shape": lambda: call(x, packed, bias, out=x),
+        r"threads must not be negative, got -1": lambda: call(x, packed, bias, threads=-1),
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             make()
     residual.flags.writeable = False
     with pytest.raises(ValueError, match="out must be writable, got a read-only array"):
-        convolution(x, out=residual)
+        call(x, packed, bias, out=residual)
+
+
+def test_what_names_stand_for():
+    assert core.implementation_of("auto") in IMPLEMENTATIONS and core.implementation_of("auto") not in ROUNDING
+    assert core.implementation_of("low") in (*ROUNDING, core.implementation_of("auto"))
+    assert core.implementation_of("reference") == "reference"

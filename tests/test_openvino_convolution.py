@@ -22,22 +22,22 @@ from pidiff.runtime.engines import openvino_convolution
 from pidiff.runtime.engines.openvino_convolution import use_convolution
 from pidiff.runtime.engines.openvino_group_norm import use_group_norm
 from pidiff.runtime.engines.openvino_node import KernelThreads
+from pidiff.runtime.engines.packed_weights import PackedWeights
 
 SHAPE, OUTPUTS = (2, 32, 16, 18), 64
 
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch):
-    """The kernel counts as the faster one, wherever this runs; returns the list of what its implementations are."""
-    real, made = _C.Convolution, []
+    """The kernel counts as the faster one, wherever this runs; returns the list of what weights were packed for."""
+    real, made = _C.pack_convolution, []
 
-    def make(*args):
-        convolution = real(*args)
-        made.append(convolution.implementation)
-        return convolution
+    def pack(weight, implementation):
+        made.append(implementation)
+        return real(weight, implementation)
 
-    monkeypatch.setattr(_C, "Convolution", make)
-    monkeypatch.setattr(openvino_convolution, "is_faster", lambda: True)
+    monkeypatch.setattr(_C, "pack_convolution", pack)
+    monkeypatch.setattr(openvino_convolution, "faster_kernel", lambda rounding: _C.implementation_of("low" if rounding else "auto"))
     return made
 
 
@@ -53,9 +53,9 @@ def convolved(source, weight, bias, stride=1, pad=1):
     return y if bias is None else ops.add(y, bias.reshape(1, -1, 1, 1))
 
 
-def converted(model, packed=None):
+def converted(model, rounding=True):
     """What kinds of nodes a model has then."""
-    use_convolution(model, KernelThreads(), {} if packed is None else packed)
+    use_convolution(model, rounding, KernelThreads(), PackedWeights("none.onnx"))
     return [op.get_type_name() for op in model.get_ops()]
 
 
@@ -81,7 +81,7 @@ def test_kernel_in_a_graph(numbers, made, precision, upsample, added, divided):
         if divided:
             y = ops.divide(y, np.ones((1, 1, 1, 1), np.float32))
     model = openvino.Model([y], [source])
-    kinds = converted(model)
+    kinds = converted(model, rounding=precision == "bf16")
     assert kinds.count("Convolution3x3") == 1 and not {"Convolution", "Interpolate", "Add", "Divide"} & set(kinds)
     rounding = ROUNDING.get(made[0], 2e-6) + (2**-7 if precision == "bf16" else 0)
     close(results(model, np.ascontiguousarray(small), precision)[0], wanted(small, weight, bias, residual, upsample), rounding)
@@ -146,21 +146,24 @@ def test_other_doublings_stay(numbers):
         assert {"Interpolate", "Convolution3x3"} <= set(kinds)
 
 
-@pytest.mark.parametrize("implementation, faster", [("avx512bf16", True), ("amx", False), ("avx512", False)])
-def test_only_where_it_is_the_faster(numbers, monkeypatch, implementation, faster):
+@pytest.mark.parametrize("implementation, in_float32, rounding", [
+    ("avx512bf16", False, True), ("amx", False, False), ("avx512", True, False), ("avx2", True, False), ("portable", False, False)])  # fmt: skip
+def test_only_where_it_is_the_faster(numbers, made, monkeypatch, implementation, in_float32, rounding):
     _, weight, bias, _ = numbers
     monkeypatch.undo()
-    monkeypatch.setattr(_C, "Convolution", lambda *_: SimpleNamespace(implementation=implementation))
-    monkeypatch.setattr(openvino_convolution, "is_faster", openvino_convolution.is_faster.__wrapped__)
-    source, packed = ops.parameter(SHAPE, np.float32), {}
-    kinds = converted(openvino.Model([convolved(source, weight, bias)], [source]), packed)
-    assert kinds.count("Convolution3x3") == len(packed) == faster and ("Convolution" in kinds) != faster
+    monkeypatch.setattr(_C, "implementation_of", lambda _: implementation)
+    monkeypatch.setattr(_C, "pack_convolution", lambda *_: np.zeros(1, np.float32))
+    monkeypatch.setattr(openvino_convolution, "faster_kernel", openvino_convolution.faster_kernel.__wrapped__)
+    for low, faster in ((False, in_float32), (True, rounding)):
+        source = ops.parameter(SHAPE, np.float32)
+        kinds = converted(openvino.Model([convolved(source, weight, bias)], [source]), low)
+        assert kinds.count("Convolution3x3") == faster and ("Convolution" in kinds) != faster
 
 
 def test_between_kernels_nothing_is_transposed(numbers, made):
     """Convolution, normalisation, convolution: channels lie together all the way, and weights are packed once for two graphs."""
     x, weight, bias, _ = numbers
-    packed = {}
+    packed = PackedWeights("none.onnx")
     for _ in range(2):
         source = ops.parameter(SHAPE, np.float32)
         y = first = convolved(source, weight, bias)
@@ -173,11 +176,11 @@ def test_between_kernels_nothing_is_transposed(numbers, made):
             node.input_value(0).get_node().set_friendly_name(name)
         model = openvino.Model([last], [source])
         threads = KernelThreads()
-        use_convolution(model, threads, packed)
+        use_convolution(model, True, threads, packed)
         use_group_norm(model, threads)
         kinds = [op.get_type_name() for op in model.get_ops()]
         assert (kinds.count("Convolution3x3"), kinds.count("GroupNorm")) == (2, 1)
         compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         run = [op.get_rt_info()["layerType"].astype(str) for op in compiled.get_runtime_model().get_ordered_ops()]
         assert run.count("Transpose") <= 2 and run.index("Transpose") < run.index("Reference")
-    assert len(made) == len(packed) == 2
+    assert len(made) == 2

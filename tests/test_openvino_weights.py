@@ -180,12 +180,12 @@ def test_more_memory_is_predicted_where_no_weights_can_be_mapped(large, monkeypa
 
 @needs_bfloat16
 def test_our_convolutions_memory_is_predicted_where_they_are_used(monkeypatch):
-    """By graphs that draw in bfloat16 and are compiled for their shape; a graph that draws counts as large earlier."""
+    """By graphs that draw and are compiled for their shape; a graph that draws counts as large earlier."""
     loading, size = engine_module.OpenVinoEngine.loading, 1 << 30
-    for faster in (False, True):
-        monkeypatch.setattr(engine_module, "is_faster", lambda faster=faster: faster)
-        assert loading(size, True, "auto", lean=False) - loading(size, True, "auto") == pytest.approx(0.13 * size * faster, abs=2)
-        for how in ((True, "full"), (False, "auto")):
-            assert loading(size, *how, lean=False) == loading(size, *how)
+    for faster in (None, "avx512"):
+        monkeypatch.setattr(engine_module, "faster_kernel", lambda rounding, faster=faster: faster)
+        for precision, more in (("auto", 0.13), ("full", 0.26)):
+            assert loading(size, True, precision, lean=False) - loading(size, True, precision) == pytest.approx(more * size * bool(faster), abs=2)
+        assert loading(size, False, "auto", lean=False) == loading(size, False, "auto")
     assert loading(100 << 20, True, "auto") > loading(150 << 20, True, "auto"), "a small graph is packed once for each of two shapes"
     assert loading(150 << 20, False, "auto") > 2 * loading(150 << 20, True, "auto")

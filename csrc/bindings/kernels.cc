@@ -192,6 +192,9 @@ void bind_kernels(py::module_& m) {
         return names;
       },
       "CPU implementations that run on this machine, slowest first; \"auto\" takes the last that computes in float32.");
+  m.def(
+      "implementation_of", [](const std::string& name) { return name_of(resolve_rounding(parse_implementation(name))); }, py::arg("name"),
+      "What \"auto\" or \"low\" stands for on this machine where nothing is too small for rounding; another name as it is.");
   m.def("start_threads", &start_threads,
         "Start the kernels' own threads, once, and return how many there are, the caller's included: PIDIFF_NUM_THREADS, else\n"
         "OMP_NUM_THREADS, else the processors that the calling thread may use. The first kernel does it otherwise.");

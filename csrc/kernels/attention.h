@@ -67,6 +67,8 @@ enum class Implementation : std::uint8_t {
 // Name <-> value; `parse_implementation` throws std::invalid_argument naming the choices.
 const char* name_of(Implementation implementation);
 Implementation parse_implementation(const std::string& name);
+// What `automatic` and `low_precision` stand for where nothing is too small for rounding; others as they are.
+Implementation resolve_rounding(Implementation wanted);
 
 // CPU implementations that were compiled in and run on this processor: those in float32, slowest first, then the others.
 std::vector<Implementation> cpu_implementations();

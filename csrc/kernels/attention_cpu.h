@@ -61,7 +61,7 @@ struct CpuKernels {
   std::int64_t convolution_panel, convolution_depth;
   void (*pack_convolution)(const float* weight, std::int64_t channels, std::int64_t first, float* to, float* scratch);
   std::int64_t (*convolution_scratch)(const ConvolutionParams&, std::int64_t tiles);
-  void (*convolution_tiles)(const ConvolutionParams&, const float* weights, std::int64_t first, std::int64_t count, float* scratch);
+  void (*convolution_tiles)(const ConvolutionParams&, std::int64_t first, std::int64_t count, float* scratch);
 };
 
 constexpr std::int64_t kNormLines = 4;
@@ -77,8 +77,6 @@ extern const CpuKernels amx_kernels;
 // Those of one implementation: null where this processor does not run it, or std::runtime_error.
 const CpuKernels* kernels_of(Implementation implementation);
 const CpuKernels& require_kernels(Implementation implementation);
-// What `automatic` and `low_precision` stand for where nothing is too small for rounding.
-Implementation resolve_rounding(Implementation wanted);
 
 // The clear loops (attention_reference.cc), single-threaded.
 void attention_reference(const AttentionParams& params);

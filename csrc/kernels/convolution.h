@@ -1,36 +1,25 @@
-// A convolution (convolution_params.h) whose weights are packed once.
+// The convolution of convolution_params.h: weights are packed once, for an implementation, then used by many calls.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <vector>
 
 #include "kernels/convolution_params.h"
-#include "kernels/driver.h"
+#include "kernels/parallel.h"
 
 namespace pidiff {
 
-// One convolution's weights, transformed and packed for an implementation.
-class Convolution {
- public:
-  static constexpr std::int64_t kChannels = 32, kOutChannels = 64;  // channels must be multiples of these
+constexpr std::int64_t kConvolutionChannels = 32, kConvolutionOutputs = 64;  // channels and out_channels must be multiples of these
 
-  // weight [out_channels, channels, 3, 3], bias [out_channels]. `automatic` takes the last implementation that computes in float32,
-  // `low_precision` what rounds and is faster, where there is one.
-  Convolution(const float* weight, const float* bias, std::int64_t out_channels, std::int64_t channels, const Parallel& pool,
-              Implementation implementation = Implementation::automatic);
+// Shape of packed weights, in floats. `automatic` is the last implementation that computes in float32, `low_precision` what rounds and is
+// faster, where there is one.
+std::array<std::int64_t, 4> packed_convolution_shape(std::int64_t out_channels, std::int64_t channels, Implementation implementation);
 
-  // `threads`: how many the pool has, so that the work is split evenly.
-  void operator()(ConvolutionParams params, const Parallel& pool, int threads) const;
+// weight [out_channels, channels, 3, 3] -> packed.
+void pack_convolution(const float* weight, std::int64_t out_channels, std::int64_t channels, float* packed, const Parallel& pool,
+                      Implementation implementation = Implementation::automatic);
 
-  Implementation implementation() const { return implementation_; }
-  std::int64_t channels() const { return channels_; }
-  std::int64_t out_channels() const { return static_cast<std::int64_t>(bias_.size()); }
-
- private:
-  Implementation implementation_;
-  std::int64_t channels_;
-  std::vector<float> bias_;
-  Scratch weights_;  // packed; for `reference` as they came
-};
+// `threads`: how many the pool has, so that the work is split evenly.
+void convolution(const ConvolutionParams& params, const Parallel& pool, int threads, Implementation implementation = Implementation::automatic);
 
 }  // namespace pidiff

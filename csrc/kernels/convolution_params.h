@@ -15,14 +15,13 @@ namespace pidiff {
 
 struct ConvolutionParams {
   const void* x = nullptr;         // [batch, height, width, channels], contiguous; height and width even
+  const float* weights = nullptr;  // packed for the implementation (convolution.h), on a cache line's start
+  const float* bias = nullptr;     // [out_channels]
   const void* residual = nullptr;  // [batch, height, width, out_channels]; null for none
   void* out = nullptr;             // as residual, and may be it; may not overlap x
-  std::int64_t batch = 0, height = 0, width = 0;
+  std::int64_t batch = 0, height = 0, width = 0, channels = 0, out_channels = 0;
   std::int64_t upsampled = 1;  // 2: x is [batch, height / 2, width / 2, channels], every pixel of it four
   DType dtype = DType::float32;  // or bfloat16
-  // Set by Convolution:
-  const float* bias = nullptr;  // [out_channels]
-  std::int64_t channels = 0, out_channels = 0;
 };
 
 }  // namespace pidiff

@@ -154,7 +154,7 @@ void put_tile(const ConvolutionParams& p, std::int64_t tile, std::int64_t first,
 }
 
 template <class T>
-void convolve(const ConvolutionParams& p, const float* weights, std::int64_t first, std::int64_t count, float* scratch) {
+void convolve(const ConvolutionParams& p, std::int64_t first, std::int64_t count, float* scratch) {
   const std::int64_t rows = convolution_rows(count), units = units_of(p.channels);
   float *products = scratch + 16 * rows * units, *zeros = products + 16 * rows * kPanel;
   std::memset(zeros, 0, static_cast<std::size_t>(p.channels) * sizeof(float));
@@ -162,16 +162,16 @@ void convolve(const ConvolutionParams& p, const float* weights, std::int64_t fir
   for (std::int64_t o = 0; o < p.out_channels; o += kPanel) {
     for (std::int64_t i = 0; i < 16; ++i)
       for (std::int64_t t = 0; t < rows; t += kTileRows)  // the last ones may be nobody's
-        multiply_rows(scratch + (i * rows + t) * units, units, weights + (o * 16 + i * kPanel) * units, products + (i * rows + t) * kPanel);
+        multiply_rows(scratch + (i * rows + t) * units, units, p.weights + (o * 16 + i * kPanel) * units, products + (i * rows + t) * kPanel);
     for (std::int64_t t = 0; t < count; ++t) put_tile<T>(p, first + t, o, products, t, rows);
   }
 }
 
-void convolution_tiles(const ConvolutionParams& p, const float* weights, std::int64_t first, std::int64_t count, float* scratch) {
+void convolution_tiles(const ConvolutionParams& p, std::int64_t first, std::int64_t count, float* scratch) {
   if (p.dtype == DType::bfloat16)
-    convolve<std::uint16_t>(p, weights, first, count, scratch);
+    convolve<std::uint16_t>(p, first, count, scratch);
   else
-    convolve<float>(p, weights, first, count, scratch);
+    convolve<float>(p, first, count, scratch);
 }
 
 }  // namespace

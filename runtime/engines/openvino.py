@@ -13,13 +13,14 @@ from ..files import private_cache, trim_folder
 from ..memory import PACKED, MappedPages, available_memory, give_back
 from . import check_names, rebound
 from .openvino_attention import use_attention
-from .openvino_convolution import MORE, is_faster, use_convolution
+from .openvino_convolution import MORE, faster_kernel, use_convolution
 from .openvino_gates import split_gates
 from .openvino_group_norm import use_group_norm
 from .openvino_node import KernelThreads
 from .openvino_ops import core
 from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
+from .packed_weights import PackedWeights
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
 # From here on weights are mapped from a file in the format of the arithmetic, and our kernels take what OpenVINO is slow at; and, where memory
@@ -54,7 +55,7 @@ class OpenVinoEngine:
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
         self._large = large = _is_large(sum(op.get_byte_size() for op in _constants(self._model)), static)
-        self._any_batch, self._packing, self._convolutions = False, nullcontext, {}
+        self._any_batch, self._packing, self._packed = False, nullcontext, PackedWeights(path, self._cache)
         if large:
             with _mapped(self._model).dropped():
                 kind = self._config["INFERENCE_PRECISION_HINT"]
@@ -91,7 +92,8 @@ class OpenVinoEngine:
             return int((PACKED + ANOTHER_SHAPE * (KEPT_SHAPES - 1) * static) * weights)
         narrow = static and OpenVinoEngine.computes_in(precision) == "bfloat16"
         mapped = sys.platform == "linux" and private_cache("openvino")
-        return int(((MAPPED if mapped else UNMAPPED)[narrow] + MORE * (narrow and not lean and is_faster())) * weights)
+        more = MORE[narrow] if static and not lean and faster_kernel(narrow) else 0
+        return int(((MAPPED if mapped else UNMAPPED)[narrow] + more) * weights)
 
     def inputs(self):
         return self._spec.inputs
@@ -165,9 +167,10 @@ class OpenVinoEngine:
         """Give the kernels what they are faster at; returns their KernelThreads."""
         rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", KernelThreads()
         use_attention(model, rounding, threads)
-        if rounding and not self._any_batch:
-            use_convolution(model, threads, self._convolutions)     # first: a normalisation would take its bias
-            use_group_norm(model, threads)
+        if not self._any_batch:
+            use_convolution(model, rounding, threads, self._packed)     # first: a normalisation would take its bias
+        if not self._any_batch and (rounding or faster_kernel(rounding)):
+            use_group_norm(model, threads)      # between convolutions whose channels lie together
         return threads
 
     def _try(self, verb, work):

@@ -1,65 +1,68 @@
-"""3 x 3 convolution in OpenVINO graphs by our own kernel, on processors where it takes half of OpenVINO's time, with what comes before and after it.
+"""3 x 3 convolution in OpenVINO graphs by our own kernel, where it takes half of OpenVINO's time, with what comes before and after it.
 
-Those are AMD's with AVX-512-BF16, whose arithmetic is the limit there: Winograd's way needs 16 products for 36.
+Winograd's way needs 16 products for 36, which tells where arithmetic is the limit: in float32, and in bfloat16 on AMD's processors.
 """
 
 import functools
 
 import numpy as np
 
-from .openvino_node import channels_first, channels_last, kernel_node, reader, values, with_constant
+from .openvino_node import channels_first, channels_last, constant, kernel_node, reader, values, with_constant
 
-PIXELS = 256    # of a picture, from here on; for fewer, reading the larger weights takes what is gained
-MORE = 0.13     # bytes more than OpenVINO packs, per byte of all weights in float32: of Stable Diffusion's UNet
+PIXELS = 256            # of a picture, from here on; for fewer, reading the larger weights takes what is gained
+MORE = (0.26, 0.13)     # bytes more than OpenVINO packs, per byte of all weights in float32: of Stable Diffusion's UNet in float32, in bfloat16
+FASTER = (("avx2", "avx512"), ("avx512bf16",))      # than OpenVINO's, in float32 and in bfloat16
 
 
 @functools.cache
-def is_faster():
-    """Whether the kernel is faster than OpenVINO's on this processor."""
+def faster_kernel(rounding):
+    """Return which implementation is faster than OpenVINO's on this processor, in bfloat16 (`rounding`) or float32; None if none is."""
     from pidiff import _C
 
-    weight = np.zeros((64, 32, 3, 3), np.float32)
-    return _C.Convolution(weight, weight[:, 0, 0, 0].copy(), "low").implementation == "avx512bf16"
+    found = _C.implementation_of("low" if rounding else "auto")
+    return found if found in FASTER[rounding] else None
 
 
 @functools.cache
 def convolution():
     """Return the class of the node: x [B,H,W,C] (or [B,H/2,W/2,C]), residual [B,H,W,O] or nothing -> [B,H,W,O] (csrc/kernels/convolution_params.h)."""
+    from pidiff import _C
 
-    def kernel(x, *residual_and_out, convolution, threads, **how):
+    def kernel(x, *residual_and_out, packed, bias, threads, **how):
         *residual, out = residual_and_out
-        convolution(x, *residual, out=out, threads=threads.count, **how)
+        _C.convolution(x, packed, bias, *residual, out=out, threads=threads.count, **how)
 
     return kernel_node("Convolution3x3", kernel)
 
 
-def use_convolution(model, threads, packed):
+def use_convolution(model, rounding, threads, packed):
     """Give 3 x 3 convolution of pictures whose shape is known, with its bias, to the kernel, in place, where it is the faster; with a
     doubling of pixels before it and the addition of another picture after it.
 
-    threads: KernelThreads. packed: name of a convolution -> _C.Convolution, for other compiled graphs of the same model.
+    rounding: what is multiplied may be rounded to bfloat16. threads: KernelThreads. packed: PackedWeights.
     """
     from pidiff import _C
 
-    for node in model.get_ordered_ops() if is_faster() else ():
+    which = faster_kernel(rounding)
+    for node in model.get_ordered_ops() if which else ():
         found = _found(node) if node.get_type_name() == "Convolution" else None
         if found is None:
             continue
         weight, bias, last = found
-        name = node.get_friendly_name()
-        if name not in packed:
-            packed[name] = _C.Convolution(weight, bias, "low")
+        pack = lambda: _C.pack_convolution(values(weight).reshape(weight.get_shape()), which)  # noqa: B023, E731
+        how = {"packed": packed.get(node.get_friendly_name(), constant(weight).data, pack, which), "bias": bias, "implementation": which}
         small = _doubled(node.input_value(0))
         residual, last = _residual(last)
         inputs = [channels_last(x) for x in (small or node.input_value(0), residual) if x is not None]
         height, width = node.get_output_shape(0)[2:]
-        made = convolution()(inputs, shape=(height, width, len(bias)), convolution=packed[name], threads=threads, upsample=small is not None)
+        made = convolution()(inputs, shape=(height, width, len(bias)), threads=threads, upsample=small is not None, **how)
         last.output(0).replace(channels_first(made.output(0)))
     model.validate_nodes_and_infer_types()
 
 
 def _found(node):
-    """Return (weight [O,C,3,3], bias [O], last node) of a convolution that the kernel can do, with the addition of its bias, else None."""
+    """Return (output that is its weight [O,C,3,3], bias [O], last node) of a convolution that the kernel can do, with the addition of its
+    bias, else None."""
     shape, how = node.get_input_partial_shape(0), node.get_attributes()
     plain = how["strides"] == how["dilations"] == how["pads_begin"] == how["pads_end"] == [1, 1] and how["auto_pad"] == "explicit"
     if not (plain and shape.is_static and len(shape) == 4 and list(node.get_input_shape(1))[2:] == [3, 3]):
@@ -67,11 +70,10 @@ def _found(node):
     (out_channels, channels), (height, width) = list(node.get_input_shape(1))[:2], list(shape.to_shape())[2:]
     if out_channels % 64 or channels % 32 or height % 2 or width % 2 or height * width < PIXELS:
         return None
-    weight = values(node.input_value(1))
     bias, last = with_constant(node, "Add")
-    if weight is None or last is None or not any(list(x.get_partial_shape())[-3:] == [out_channels, 1, 1] for x in last.input_values()):
+    if constant(node.input_value(1)) is None or last is None or not any(list(x.get_partial_shape())[-3:] == [out_channels, 1, 1] for x in last.input_values()):
         return None
-    return weight.reshape(out_channels, channels, 3, 3), bias, last
+    return node.input_value(1), bias, last
 
 
 def _doubled(x):

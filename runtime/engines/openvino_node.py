@@ -62,12 +62,18 @@ def with_constant(node, kind):
     return None, None
 
 
-def values(value):
-    """Return the numbers of a constant in a row, floats in float32, through what changes only its shape or type; None if it is none."""
+def constant(value):
+    """Return the constant that an output is, through what changes only its shape or type; None if it is none."""
     node = value.get_node()
     while node.get_type_name() in ("Convert", "ConvertLike", "Reshape", "Unsqueeze"):
         node = node.input_value(0).get_node()
-    if node.get_type_name() != "Constant":
+    return node if node.get_type_name() == "Constant" else None
+
+
+def values(value):
+    """Return the numbers of a `constant` in a row, floats in float32; None if it is none."""
+    node = constant(value)
+    if node is None:
         return None
     if node.get_element_type().get_type_name() == "bf16":
         return (node.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).ravel()
