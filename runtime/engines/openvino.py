@@ -24,10 +24,9 @@ from .packed_weights import PackedWeights
 
 KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
 # From here on weights are mapped from a file in the format of the arithmetic, and our kernels take what OpenVINO is slow at; and, where memory
-# counts more than time, a graph is packed once for all numbers of pictures. Compiled for one of them, Stable Diffusion's UNet is a tenth faster
-# and takes 1.7 GB for each. Graphs that draw are large earlier: our kernels are for them, and what they hold beside weights is more.
+# counts more than time, a graph is packed once for all numbers of pictures. Compiled for one of them, Stable Diffusion's UNet is up to a third faster
+# and takes 1.7 GB for each, in float32 3.4. Graphs that draw are large earlier: our kernels are for them, and what they hold beside weights is more.
 LARGE_BYTES, LARGE_DRAWING_BYTES = 256 << 20, 64 << 20
-ROOM = KEPT_SHAPES + 1  # packed weights that must fit into the machine's free memory for that
 # Bytes at the peak per byte of float32 weights, of a large graph in float32 and in bfloat16: packed while mapped pages are dropped (on
 # Linux, from the cache), or beside the packed ones; and for each other shape of a small graph.
 MAPPED, UNMAPPED, ANOTHER_SHAPE = (1.4, 0.65), (PACKED, 1.15), 2.1
@@ -36,9 +35,10 @@ MAPPED, UNMAPPED, ANOTHER_SHAPE = (1.4, 0.65), (PACKED, 1.15), 2.1
 class OpenVinoEngine:
     """One compiled graph that works on the caller's memory (protocol: engines.Engine).
 
-    A static graph is compiled for every shape that is bound, the last `KEPT_SHAPES` of them are kept; a large one for any batch where
-    `lean` asks for it, memory is short, or from the third number of pictures on; another one is compiled once for all shapes when it is loaded. Compiled graphs, but large
-    ones, also go into the user's cache (files.private_cache).
+    A static graph is compiled for every shape that is bound, the last `KEPT_SHAPES` of them are kept, of a large one as many as the machine
+    has free memory for; a large one for any batch where `lean` asks for it, memory is short, or from the number of pictures on that is one
+    too many; another one is compiled once for all shapes when it is loaded. Compiled graphs, but large ones, also go into the user's cache
+    (files.private_cache).
     """
 
     copies = 1      # see engines.Engine
@@ -55,13 +55,14 @@ class OpenVinoEngine:
         self._model = self._try("load", lambda: core().read_model(path))
         check_names(Path(path), spec, _names(self._model, spec))
         self._large = large = _is_large(sum(op.get_byte_size() for op in _constants(self._model)), static)
-        self._any_batch, self._packing, self._packed = False, nullcontext, PackedWeights(path, self._cache)
+        self._any_batch, self._most, self._packing, self._packed = False, KEPT_SHAPES, nullcontext, PackedWeights(path, self._cache)
         if large:
             with _mapped(self._model).dropped():
                 kind = self._config["INFERENCE_PRECISION_HINT"]
                 self._model = self._try("load", lambda: rewritten(self._model, path, self._cache, kind)) or self._model
             self._packing = _mapped(self._model).dropped
-            self._any_batch = static and (lean or not _has_room(self._model, kind))
+            fitting = _fitting(self._model, kind)
+            self._any_batch, self._most = static and (lean or not fitting), fitting or KEPT_SHAPES
             if self._cache:
                 trim_folder(self._cache)
             self._cache = None      # compiled in seconds; and OpenVINO would read `use_attention`' nodes back without what they were made with
@@ -128,14 +129,14 @@ class OpenVinoEngine:
         """Return the inference request that is compiled for the shapes of these arrays."""
         shapes, alike = self._shapes(given)
         key = alike, tuple(shapes.values())
-        if self._large and self._static and key not in self._requests and sum(kept == alike for kept, _ in self._requests) == KEPT_SHAPES:
+        if self._large and self._static and key not in self._requests and sum(kept == alike for kept, _ in self._requests) == self._most:
             self._any_batch = True      # numbers of pictures vary: compiling for each would take longer than it gains
             self._requests.clear()
             self._request = None        # its memory is needed
             shapes, _ = self._shapes(given)
             key = alike, alike
         if key not in self._requests:
-            while len(self._requests) >= KEPT_SHAPES:
+            while len(self._requests) >= self._most:
                 self._requests.popitem(last=False)
             self._requests[key] = self._try("compile", lambda: self._compile(shapes)).create_infer_request()
         self._requests.move_to_end(key)
@@ -204,11 +205,11 @@ def _constants(model):
     return [op for op in model.get_ops() if op.get_type_name() == "Constant"]
 
 
-def _has_room(model, kind):
-    """Whether the machine has memory for the weights of several compiled graphs."""
+def _fitting(model, kind):
+    """Return how many compiled graphs the machine has free memory for, `KEPT_SHAPES` at most; packing takes as much as one."""
     packed = sum(math.prod(op.get_output_shape(0)) for op in _constants(model)) * (2 if kind == "bf16" else 4)
     room = available_memory()
-    return room is None or room >= ROOM * packed
+    return KEPT_SHAPES if room is None else max(0, min(KEPT_SHAPES, room // max(packed, 1) - 1))
 
 
 def _mapped(model):
