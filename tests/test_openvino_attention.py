@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from references import attention_reference, bfloat16, require_close
 from test_openvino import make_pairs, needs_bfloat16
+from test_openvino_group_norm import kernels_of
 
 from pidiff.runtime.engines import openvino as engine_module
 from pidiff.runtime.engines.openvino_ops import core
@@ -17,7 +18,6 @@ from openvino import opset13 as ops
 
 from pidiff.runtime.engines import openvino_attention
 from pidiff.runtime.engines.openvino_attention import use_attention
-from pidiff.runtime.engines.openvino_node import KernelThreads
 from pidiff.runtime.memory import resident
 
 if platform.machine() not in ("x86_64", "AMD64"):
@@ -53,10 +53,10 @@ def ran(model, precision, *arrays):
     return request.infer(arrays)[0].copy()
 
 
-def threads_of(count):
-    made = KernelThreads()
-    made.count = count
-    return made
+def kernels_with(count, model):
+    kernels = kernels_of(model)
+    kernels.count = count
+    return kernels
 
 
 def kernels_in(model):
@@ -70,7 +70,7 @@ def test_attention_of_any_batch(rng, monkeypatch, kind, rounding, threads):
     keys = 600      # from 512 on operands are rounded where that is faster
     model = attention_model(kind, keys=keys)
     monkeypatch.setattr(openvino_attention, "KEYS", keys)
-    use_attention(model, rounding, threads_of(threads))
+    use_attention(model, rounding, kernels_with(threads, model))
     assert kernels_in(model) == 1
     assert not {"ScaledDotProductAttention", "Transpose", "Reshape"} & {op.get_type_name() for op in model.get_ops()}
     for batch, queries in ((2, 70), (1, 70), (3, 33)):
@@ -93,13 +93,13 @@ def test_only_what_is_long_and_known(monkeypatch, rng):
     q, k, v = (rng.standard_normal((2, n, HEADS * DIM)).astype(np.float32) for n in (70, 131, 131))
     for options, taken in (({}, True), ({"keys": 130}, False), ({"keys": -1}, False), ({"swap": False, "queries": 131}, False), ({"show_heads": True}, False)):
         model = attention_model(**options)
-        use_attention(model, False, threads_of(1))
+        use_attention(model, False, kernels_with(1, model))
         assert kernels_in(model) == taken, options
         if options.get("keys") != 130 and options.get("swap", True):
             np.testing.assert_allclose(ran(model, "f32", q, k, v), attention_reference(q, k, v, HEADS, np.float64), atol=1e-5)
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     model = attention_model()
-    use_attention(model, False, threads_of(1))
+    use_attention(model, False, kernels_with(1, model))
     assert not kernels_in(model)
 
 
@@ -126,7 +126,7 @@ def test_no_call_leaves_memory_behind(monkeypatch):
     """glibc's aligned_alloc before 2.38 did, 79 MiB here, between what OpenVINO allocates for shapes of any batch."""
     monkeypatch.setattr(openvino_attention, "KEYS", 1)
     model = attention_model("bf16", 1024, 1024)
-    use_attention(model, True, threads_of(1))
+    use_attention(model, True, kernels_with(1, model))
     assert kernels_in(model) == 1
     request = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}).create_infer_request()
     array, sizes = np.zeros((1, 1024, HEADS * DIM), np.float32), []

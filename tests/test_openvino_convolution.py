@@ -9,7 +9,7 @@ pytest.importorskip("openvino")
 
 from test_convolution import ROUNDING, close, expected, inputs
 from test_openvino import needs_bfloat16
-from test_openvino_group_norm import results
+from test_openvino_group_norm import kernels_of, results
 
 from pidiff import _C
 from pidiff.runtime.engines.openvino_ops import core
@@ -21,7 +21,6 @@ from openvino import opset13 as ops
 from pidiff.runtime.engines import openvino_convolution
 from pidiff.runtime.engines.openvino_convolution import use_convolution
 from pidiff.runtime.engines.openvino_group_norm import use_group_norm
-from pidiff.runtime.engines.openvino_node import KernelThreads
 from pidiff.runtime.engines.packed_weights import PackedWeights
 
 SHAPE, OUTPUTS = (2, 32, 16, 18), 64
@@ -55,7 +54,7 @@ def convolved(source, weight, bias, stride=1, pad=1):
 
 def converted(model, rounding=True):
     """What kinds of nodes a model has then."""
-    use_convolution(model, rounding, KernelThreads(), PackedWeights("none.onnx"))
+    use_convolution(model, rounding, kernels_of(model), PackedWeights("none.onnx"))
     return [op.get_type_name() for op in model.get_ops()]
 
 
@@ -175,9 +174,9 @@ def test_between_kernels_nothing_is_transposed(numbers, made):
         for node, name in ((first, "first"), (last, "last")):
             node.input_value(0).get_node().set_friendly_name(name)
         model = openvino.Model([last], [source])
-        threads = KernelThreads()
-        use_convolution(model, True, threads, packed)
-        use_group_norm(model, threads)
+        kernels = kernels_of(model)
+        use_convolution(model, True, kernels, packed)
+        use_group_norm(model, kernels)
         kinds = [op.get_type_name() for op in model.get_ops()]
         assert (kinds.count("Convolution3x3"), kinds.count("GroupNorm")) == (2, 1)
         compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -20,7 +20,7 @@ import openvino
 from openvino import opset13 as ops
 
 from pidiff.runtime.engines.openvino_group_norm import use_group_norm
-from pidiff.runtime.engines.openvino_node import KernelThreads
+from pidiff.runtime.engines.openvino_node import Kernels
 
 SHAPE, GROUPS = (2, 12, 5, 3), 4
 UNIT = np.eye(SHAPE[1], dtype=np.float32)[:, :, None, None]
@@ -58,6 +58,12 @@ def nodes(model):
     return kinds.count("GroupNorm"), kinds.count("MVN")
 
 
+def kernels_of(model):
+    """The Kernels of a model, which keeps them."""
+    model.kernels = Kernels()
+    return model.kernels
+
+
 def results(model, x, precision="f32"):
     done = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})(x)
     return [done[i].copy() for i in range(len(model.outputs))]
@@ -75,7 +81,7 @@ def test_kernel_in_a_graph(rng, precision, silu, shifts):
     """An addition per channel before it and SiLU after it go along."""
     x, shift = rng.standard_normal(SHAPE).astype(np.float32), np.tile(SHIFT, (shifts, 1)) if shifts else None
     model = normed(None if shift is None else shift[..., None, None], silu)
-    use_group_norm(model, KernelThreads())
+    use_group_norm(model, kernels_of(model))
     assert nodes(model) == (1, 0)
     assert not {"Add", "Sigmoid"} & {op.get_type_name() for op in model.get_ops()}
     want = expected(x, shift, silu)
@@ -86,7 +92,7 @@ def test_a_sigmoid_beside_something_else(rng):
     """SiLU stays a node of its own where what it begins with is read elsewhere."""
     x = rng.standard_normal(SHAPE).astype(np.float32)
     model = normed(silu=True, read_twice=True)
-    use_group_norm(model, KernelThreads())
+    use_group_norm(model, kernels_of(model))
     assert nodes(model) == (1, 0) and "Sigmoid" in {op.get_type_name() for op in model.get_ops()}
     for got, silu in zip(results(model, x), (True, False)):
         np.testing.assert_allclose(got, expected(x, silu=silu), atol=1e-4)
@@ -96,7 +102,7 @@ def test_a_sigmoid_beside_something_else(rng):
 def test_another_addition_stays(rng, shift):
     x = rng.standard_normal(SHAPE).astype(np.float32)
     model = normed(shift)
-    use_group_norm(model, KernelThreads())
+    use_group_norm(model, kernels_of(model))
     assert nodes(model) == (1, 0) and "Add" in {op.get_type_name() for op in model.get_ops()}
     np.testing.assert_allclose(results(model, x)[0], expected(x + shift), atol=1e-4)
 
@@ -104,7 +110,7 @@ def test_another_addition_stays(rng, shift):
 @pytest.mark.parametrize("options", [{"shape": (2, 12, -1, 3)}, {"shape": (-1, 12, 5, 3)}, {"scale": 2.0}, {"outside": True}, {"flat": True}])
 def test_what_is_of_another_kind_stays(options):
     model = normed(**options)
-    use_group_norm(model, KernelThreads())
+    use_group_norm(model, kernels_of(model))
     assert nodes(model) == (0, 1)
 
 

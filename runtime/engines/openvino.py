@@ -16,7 +16,7 @@ from .openvino_attention import use_attention
 from .openvino_convolution import MORE, faster_kernel, use_convolution
 from .openvino_gates import split_gates
 from .openvino_group_norm import use_group_norm
-from .openvino_node import KernelThreads
+from .openvino_node import Kernels
 from .openvino_ops import core
 from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
@@ -138,7 +138,7 @@ class OpenVinoEngine:
         if key not in self._requests:
             while len(self._requests) >= self._most:
                 self._requests.popitem(last=False)
-            self._requests[key] = self._try("compile", lambda: self._compile(shapes)).create_infer_request()
+            self._requests[key] = self._try("compile", lambda: self._compile(shapes))
         self._requests.move_to_end(key)
         return self._requests[key]
 
@@ -149,30 +149,32 @@ class OpenVinoEngine:
         return alike if self._any_batch else {name: given[name].shape for name in axes}, tuple(alike.values())
 
     def _compile(self, shapes):
-        model, threads = self._model, None
+        model, kernels = self._model, None
         config = {**self._config, "CACHE_DIR": str(self._cache)} if self._cache else self._config
         with self._packing():
             if shapes:
                 model = model.clone()
                 model.reshape({name: list(shape) for name, shape in shapes.items()})
                 if self._large:
-                    threads = self._use_kernels(model)
+                    kernels = self._use_kernels(model)
             compiled = core().compile_model(model, "CPU", config)
-        if threads:
-            threads.follow(compiled)
+        if kernels:
+            kernels.follow(compiled)
         if self._cache and not compiled.get_property("LOADED_FROM_CACHE"):
             trim_folder(self._cache)
-        return compiled
+        request = compiled.create_infer_request()
+        request.kernels = kernels       # they live as long
+        return request
 
     def _use_kernels(self, model):
-        """Give the kernels what they are faster at; returns their KernelThreads."""
-        rounding, threads = self._config["INFERENCE_PRECISION_HINT"] == "bf16", KernelThreads()
-        use_attention(model, rounding, threads)
+        """Give our kernels what they are faster at; returns the Kernels."""
+        rounding, kernels = self._config["INFERENCE_PRECISION_HINT"] == "bf16", Kernels()
+        use_attention(model, rounding, kernels)
         if not self._any_batch:
-            use_convolution(model, rounding, threads, self._packed)     # first: a normalisation would take its bias
+            use_convolution(model, rounding, kernels, self._packed)     # first: a normalisation would take its bias
         if not self._any_batch and (rounding or faster_kernel(rounding)):
-            use_group_norm(model, threads)      # between convolutions whose channels lie together
-        return threads
+            use_group_norm(model, kernels)      # between convolutions whose channels lie together
+        return kernels
 
     def _try(self, verb, work):
         try:

@@ -13,23 +13,24 @@ def long_attention():
     """Return the class of the node: softmax(q k^T / sqrt(d)) v per head, q [B,S,C], k and v [B,T,C] -> [B,S,C] (csrc/kernels/attention.h)."""
     from pidiff import _C
 
-    return kernel_node("LongAttention", lambda q, k, v, out, threads, **how: _C.attention(q, k, v, out=out, threads=threads.count, **how))
+    return kernel_node("LongAttention", lambda q, k, v, out, **how: _C.attention(q, k, v, out=out, **how))
 
 
-def use_attention(model, rounding, threads):
+def use_attention(model, rounding, kernels):
     """Give attention over `KEYS` keys and more, where their number is known, to the kernels, in place.
 
-    rounding: operands may be rounded to bfloat16. threads: KernelThreads.
+    rounding: operands may be rounded to bfloat16. kernels: Kernels.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return      # NEON's were never timed on such a processor
-    make, how = long_attention(), {"implementation": "low" if rounding else "auto", "threads": threads}
+    implementation = "low" if rounding else "auto"
     for node in model.get_ordered_ops():
         if node.get_type_name() == "ScaledDotProductAttention" and _long_and_plain(node):
             sources, joined = [_before_split(node.input_value(i)) for i in range(3)], _after_join(node)
             if joined is not None and None not in sources:
                 heads = node.get_output_partial_shape(0)[1].get_length()
-                joined.output(0).replace(make(sources, num_heads=heads, **how).output(0))
+                made = long_attention()(sources, kernels, num_heads=heads, implementation=implementation)
+                joined.output(0).replace(made.output(0))
     model.validate_nodes_and_infer_types()
 
 

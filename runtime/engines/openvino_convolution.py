@@ -28,18 +28,18 @@ def convolution():
     """Return the class of the node: x [B,H,W,C] (or [B,H/2,W/2,C]), residual [B,H,W,O] or nothing -> [B,H,W,O] (csrc/kernels/convolution_params.h)."""
     from pidiff import _C
 
-    def kernel(x, *residual_and_out, packed, bias, threads, **how):
+    def kernel(x, *residual_and_out, packed, bias, **how):
         *residual, out = residual_and_out
-        _C.convolution(x, packed, bias, *residual, out=out, threads=threads.count, **how)
+        _C.convolution(x, packed, bias, *residual, out=out, **how)
 
     return kernel_node("Convolution3x3", kernel)
 
 
-def use_convolution(model, rounding, threads, packed):
+def use_convolution(model, rounding, kernels, packed):
     """Give 3 x 3 convolution of pictures whose shape is known, with its bias, to the kernel, in place, where it is the faster; with a
     doubling of pixels before it and the addition of another picture after it.
 
-    rounding: what is multiplied may be rounded to bfloat16. threads: KernelThreads. packed: PackedWeights.
+    rounding: what is multiplied may be rounded to bfloat16. kernels: Kernels. packed: PackedWeights.
     """
     from pidiff import _C
 
@@ -55,7 +55,7 @@ def use_convolution(model, rounding, threads, packed):
         residual, last = _residual(last)
         inputs = [channels_last(x) for x in (small or node.input_value(0), residual) if x is not None]
         height, width = node.get_output_shape(0)[2:]
-        made = convolution()(inputs, shape=(height, width, len(bias)), threads=threads, upsample=small is not None, **how)
+        made = convolution()(inputs, kernels, (height, width, len(bias)), upsample=small is not None, **how)
         last.output(0).replace(channels_first(made.output(0)))
     model.validate_nodes_and_infer_types()
 

@@ -16,17 +16,17 @@ def group_norm():
     """Return the class of the node: x [B,H,W,C], shift [1 or B,C] or nothing -> [B,H,W,C] (csrc/kernels/group_norm.h)."""
     from pidiff import _C
 
-    def kernel(x, *shift_and_out, threads, **how):
+    def kernel(x, *shift_and_out, **how):
         *shift, out = shift_and_out
         x, out = (a.reshape(len(a), -1, a.shape[-1]) for a in (x, out))
-        _C.group_norm(x, shift=shift[0] if shift else None, out=out, threads=threads.count, **how)
+        _C.group_norm(x, shift=shift[0] if shift else None, out=out, **how)
 
     return kernel_node("GroupNorm", kernel)
 
 
-def use_group_norm(model, threads):
+def use_group_norm(model, kernels):
     """Give group normalisation of pictures whose shape is known to the kernel, in place, with an addition per channel before it and SiLU
-    after it. threads: KernelThreads."""
+    after it. kernels: Kernels."""
     from openvino import opset13 as ops
 
     for node in model.get_ordered_ops():
@@ -37,7 +37,7 @@ def use_group_norm(model, threads):
         inputs = [channels_last(source)]
         if shift is not None:
             inputs.append(ops.reshape(shift, np.array([0, -1]), True).output(0))
-        normed = group_norm()(inputs, threads=threads, **how)
+        normed = group_norm()(inputs, kernels, **how)
         last.output(0).replace(channels_first(normed.output(0)))
     model.validate_nodes_and_infer_types()
 

@@ -1,7 +1,10 @@
 """Nodes of OpenVINO graphs that our own kernels compute."""
 
+import weakref
+
 import numpy as np
 
+_HANDLES = []
 _VIEWS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}  # bfloat16 as its bits
 
 
@@ -9,33 +12,37 @@ def kernel_node(name, kernel):
     """Return a class of nodes, called `name`, whose result has the first input's element type and shape, behind the batch that of the argument
     `shape` where there is one.
 
-    Made of inputs and keyword arguments, a node calls kernel(*inputs, out, **arguments) with arrays; 16-bit floats come as they are.
+    Made of inputs, the Kernels of its graph and keyword arguments, a node calls kernel(*inputs, out, threads=..., **arguments) with
+    arrays; 16-bit floats come as they are.
     """
     from openvino import Op, PartialShape
 
+    handle = type(name, (), {})()
+    _HANDLES.extend([handle] * 1000)    # it is let go without the interpreter's lock: it must never be the last time, even if counts are lost
+
     class Node(Op):
-        def __init__(self, inputs=None, shape=None, **arguments):
-            super().__init__(self)
-            self._shape, self._arguments = shape, arguments
-            if inputs is not None:
-                self.set_arguments(inputs)
-                self.constructor_validate_and_infer_types()
+        def __init__(self, inputs, kernels, shape=None, **arguments):
+            super().__init__(handle)    # what the node's name comes from; see Kernels why it is not the node itself
+            self._kernels, self._shape, self._arguments = weakref.ref(kernels), shape, arguments
+            kernels.nodes.append(self)
+            self.set_arguments(inputs)
+            self.constructor_validate_and_infer_types()
 
         def validate_and_infer_types(self):
             shape = self.get_input_partial_shape(0)
             self.set_output_type(0, self.get_input_element_type(0), PartialShape([shape[0], *self._shape]) if self._shape else shape)
 
         def clone_with_new_inputs(self, new_inputs):
-            return Node(new_inputs, self._shape, **self._arguments)
+            return Node(new_inputs, self._kernels(), self._shape, **self._arguments)
 
         def has_evaluate(self):
             return True
 
         def evaluate(self, outputs, inputs):
-            kernel(*(t.data.view(_VIEWS[t.element_type.get_type_name()]) for t in (*inputs, *outputs)), **self._arguments)
+            arrays = (t.data.view(_VIEWS[t.element_type.get_type_name()]) for t in (*inputs, *outputs))
+            kernel(*arrays, threads=self._kernels().count, **self._arguments)
             return True
 
-    Node.__name__ = name    # OpenVINO's name of the type
     return Node
 
 
@@ -98,8 +105,11 @@ def channels_first(x):
     return ops.transpose(x, np.array([0, 3, 1, 2])).output(0)
 
 
-class KernelThreads:
-    """How many threads the kernels of one compiled graph use: `count`, at first 1.
+class Kernels:
+    """Those in one compiled graph: their nodes, and how many threads they use, `count`, at first 1. To be kept as long as the graph.
+
+    An OpenVINO node made in Python keeps the Python object that it is given, as documented itself, which keeps the node: it would never be
+    freed, nor what it multiplies by, nor the graph before it. Nodes are kept here in place of that.
 
     Making it starts the kernels' own threads: to be done before OpenVINO has bound the calling thread to a processor, as it does while
     it works.
@@ -108,7 +118,7 @@ class KernelThreads:
     def __init__(self):
         from pidiff import _C
 
-        self.count, self._most = 1, _C.start_threads()
+        self.count, self._most, self.nodes = 1, _C.start_threads(), []
 
     def follow(self, compiled):
         """Use as many as OpenVINO does for the graph: by itself one for each core, and for latency's sake of one socket only."""
