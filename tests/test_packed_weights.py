@@ -84,6 +84,23 @@ def test_a_torn_file_is_written_again(folder, weight, left):
     assert got(folder, weight)[1] and not got(folder, weight)[1]
 
 
+def test_two_that_write_at_once(folder, weight, monkeypatch):
+    """Threads of one process: each writes a file of its own, and both map what was written whole."""
+    save, others = np.save, []
+
+    def interrupted(to, array):
+        monkeypatch.setattr(np, "save", save)
+        save(to, array[:1])
+        others.append(got(folder, weight))      # comes and goes while the first one is writing
+        to.seek(0)
+        save(to, array)
+
+    monkeypatch.setattr(np, "save", interrupted)
+    for array, packed in (got(folder, weight), *others):
+        assert packed and isinstance(array, np.memmap)
+    assert len(os.listdir(folder / "cache")) == 1
+
+
 def test_without_a_place_they_are_held_in_memory(folder, weight, monkeypatch):
     array, packed = got(folder, weight, cached=False)
     assert packed and not isinstance(array, np.memmap)

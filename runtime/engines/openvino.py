@@ -172,8 +172,8 @@ class OpenVinoEngine:
         use_attention(model, rounding, kernels)
         if not self._any_batch:
             use_convolution(model, rounding, kernels, self._packed)     # first: a normalisation would take its bias
-        if not self._any_batch and (rounding or faster_kernel(rounding)):
-            use_group_norm(model, kernels)      # between convolutions whose channels lie together
+            if rounding or faster_kernel(rounding):
+                use_group_norm(model, kernels)      # between convolutions whose channels lie together
         return kernels
 
     def _try(self, verb, work):

@@ -102,7 +102,7 @@ def _save(model, file):
     """Write a model and its weights beside it; returns whether that went well. What a kill leaves half-written goes when the cache is trimmed."""
     import openvino
 
-    part = file.with_name(f".{file.stem}-{os.getpid()}.xml")
+    part = file.with_name(f".{file.stem}-{os.urandom(4).hex()}.xml")     # other threads, too, may be writing it
     try:
         openvino.save_model(model, part, compress_to_fp16=False)
         for end in (".bin", ".xml"):    # the graph last: where it is, its weights are

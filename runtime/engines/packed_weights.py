@@ -66,7 +66,7 @@ def _read(file):
 
 def _write(file, packed):
     """Write an array whole or not at all; returns whether that went well. What a kill leaves goes when the cache is trimmed."""
-    part = file.with_name(f".{file.stem}-{os.getpid()}.part")
+    part = file.with_name(f".{file.stem}-{os.urandom(4).hex()}.part")      # other threads, too, may be writing it
     try:
         with open(part, "wb") as to:
             np.save(to, packed)
