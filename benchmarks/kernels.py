@@ -1,4 +1,4 @@
-"""How close the CPU kernels of attention and convolution come to what this machine's arithmetic can do.
+"""How close the CPU kernels of attention, convolution and linear layers come to what this machine's arithmetic can do.
 
     python -m benchmarks.kernels [--threads N] [--rounds N] [--quick] [--callgrind]
 
@@ -32,6 +32,7 @@ SHAPES = [  # queries, keys, heads, head dim
     (4096, 4096, 8, 40), (4096, 4096, 5, 64), (1024, 1024, 8, 80), (256, 256, 8, 160), (4096, 77, 8, 40), (1024, 77, 8, 80),
 ]
 CONVOLUTIONS = [(64, 320, 320), (32, 640, 640), (16, 1280, 1280), (256, 256, 256)]  # height and width, channels, outputs
+LINEAR = [(64, 320, 320), (64, 320, 1280), (32, 2560, 640), (16, 1280, 1280)]  # the root of the number of rows, channels, outputs
 CALLGRIND_SHAPES = [(512, 1024, 2, 40), (512, 1024, 2, 64), (512, 77, 2, 40)]
 KINDS = {"avx512bf16": "bfloat16", "amx": "amx"}  # column -> rate it is held against; float32 else
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -105,35 +106,38 @@ def attention(queries: int, keys: int, heads: int, dim: int) -> tuple:
     return calls, 4.0 * queries * keys * heads * dim
 
 
-def convolution(side: int, channels: int, outputs: int) -> tuple:
-    """As `attention`; pictures of kernels that round are bfloat16, too."""
+def convolution(side: int, channels: int, outputs: int, kernel: int = 3) -> tuple:
+    """As `attention`; pictures of kernels that round are bfloat16, too. kernel: 1 for a linear layer of side x side rows."""
     import torch
 
     import pidiff._C as core
 
     x = torch.randn(1, channels, side, side).to(memory_format=torch.channels_last)
-    weight, bias = torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outputs)
+    weight, bias = torch.randn(outputs, channels, kernel, kernel) / (kernel**2 * channels) ** 0.5, torch.randn(outputs)
 
     def ours(implementation, dtype):
-        packed, last = core.pack_convolution(weight.numpy(), implementation), x.movedim(1, -1).to(dtype).contiguous()
+        packed, last = core.pack_convolution(weight.numpy(), implementation, "winograd" if kernel == 3 else "direct"), x.movedim(1, -1).to(dtype).contiguous()
         last = last.view(torch.uint16 if dtype == torch.bfloat16 else dtype).numpy()
         out = np.empty((1, side, side, outputs), last.dtype)
         return lambda: torch.from_numpy(core.convolution(last, packed, bias.numpy(), implementation=implementation, out=out)).view(dtype)
 
     def theirs(dtype):
         arguments = [a.to(dtype) for a in (x, weight.to(memory_format=torch.channels_last), bias)]
+        if kernel == 1:
+            rows, matrix, shift = arguments[0].movedim(1, -1), arguments[1].flatten(1), arguments[2]
+            return lambda: torch.nn.functional.linear(rows, matrix, shift)
         return lambda: torch.nn.functional.conv2d(*arguments, padding=1).movedim(1, -1)
 
     names = core.cpu_implementations()
     found = {f"{name} f32": ("float32", ours(name, torch.float32)) for name in names if name in ("avx2", "avx512", "neon")}
     found |= {name: ("bfloat16", ours(name, torch.bfloat16)) for name in names if name == "avx512bf16"}
     found |= {"torch f32": ("float32", theirs(torch.float32)), "torch bf16": ("bfloat16", theirs(torch.bfloat16))}
-    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1).movedim(1, -1)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=kernel // 2).movedim(1, -1)
     for name, (dtype, call) in found.items():
         error = ((call() - exact).abs().max() / exact.abs().max()).item()
         if not error < TOLERANCE[dtype]:
             raise SystemExit(f"{name} must agree with float64 to {TOLERANCE[dtype]}, got {error}: not timed")
-    return found, 18.0 * side**2 * channels * outputs
+    return found, 2.0 * (kernel * side) ** 2 * channels * outputs
 
 
 def measure(calls: dict, operations: float, rounds: int, threads: int, rate: dict) -> dict:
@@ -162,6 +166,7 @@ def table(args) -> None:
     print(f"torch matmul of 1024 x 1024, float32: {square:.0f} GFLOP/s a thread")
     works = [("S {} keys {} heads {} d {}", attention, shape) for shape in (SHAPES[:1] + SHAPES[4:5] if args.quick else SHAPES)]
     works += [("3 x 3 convolution of {0} x {0}, {1} channels to {2}", convolution, shape) for shape in CONVOLUTIONS[:1 if args.quick else None]]
+    works += [("linear layer of {0} x {0} rows, {1} channels to {2}", convolution, (*shape, 1)) for shape in LINEAR[:1 if args.quick else None]]
     for title, make, shape in works:
         print(title.format(*shape) + ": GFLOP/s a thread")
         for name, (speed, share, peak) in measure(*make(*shape), args.rounds, args.threads, rate).items():

@@ -122,7 +122,7 @@ bool check_group_norm(std::int64_t rows, std::int64_t channels, std::int64_t gro
   return close(got, expected, dtype, 8.0f, "group_norm C " + std::to_string(channels));
 }
 
-bool check_convolution(std::int64_t height, std::int64_t width, std::int64_t channels, std::int64_t outputs, DType dtype) {
+bool check_convolution(std::int64_t height, std::int64_t width, std::int64_t channels, std::int64_t outputs, bool winograd, DType dtype) {
   const Bytes x = normal(2 * height * width * channels, dtype), residual = normal(2 * height * width * outputs, dtype);
   const Bytes weight = normal(outputs * channels * 9, DType::float32, 1 / std::sqrt(9.0f * static_cast<float>(channels)));
   const Bytes bias = normal(outputs, DType::float32);
@@ -135,14 +135,15 @@ bool check_convolution(std::int64_t height, std::int64_t width, std::int64_t cha
   p.batch = 2;
   p.height = height;
   p.width = width;
+  p.winograd = winograd;
   p.dtype = dtype;
   Bytes out[2] = {residual, residual};
   for (int i = 0; i < 2; ++i) {
     p.out = out[i].data();
     const Implementation implementation = i == 0 ? Implementation::portable : Implementation::reference;
-    const auto shape = packed_convolution_shape(outputs, channels, implementation);
+    const auto shape = packed_convolution_shape(outputs, channels, 3, winograd, implementation);
     std::vector<float> packed(static_cast<std::size_t>(shape[0] * shape[1] * shape[2] * shape[3]));
-    pack_convolution(reinterpret_cast<const float*>(weight.data()), outputs, channels, packed.data(), no_threads(), implementation);
+    pack_convolution(reinterpret_cast<const float*>(weight.data()), outputs, channels, 3, winograd, packed.data(), no_threads(), implementation);
     p.weights = packed.data();
     convolution(p, no_threads(), 1, implementation);
   }
@@ -164,7 +165,8 @@ int main() {
       if (!check_group_norm(rows, channels, groups, dtype)) return 1;
     if (dtype == DType::float16) continue;
     for (const auto& [height, width, channels, outputs] : {std::tuple{2, 4, 32, 64}, {12, 18, 64, 128}})
-      if (!check_convolution(height, width, channels, outputs, dtype)) return 1;
+      for (bool winograd : {true, false})
+        if (!check_convolution(height, width, channels, outputs, winograd, dtype)) return 1;
   }
   std::printf("%d cases\n", cases);
 }

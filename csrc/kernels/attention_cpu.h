@@ -57,11 +57,15 @@ struct CpuKernels {
   void (*norm_sums)(const GroupNormParams&, const float* pivot, std::int64_t first, std::int64_t rows, float* sums, float* lines);
   void (*norm_rows)(const GroupNormParams&, const float* factor, const float* offset, std::int64_t first, std::int64_t rows,
                     float* lines);
-  // Convolution: outputs of a panel of packed weights, and steps of a sum in a unit; a panel of weights, packed; one task's tiles.
+  // Convolution by Winograd's way: outputs of a panel of packed weights, and steps of a sum in a unit; a panel of weights, packed; one task's tiles.
   std::int64_t convolution_panel, convolution_depth;
   void (*pack_convolution)(const float* weight, std::int64_t channels, std::int64_t first, float* to, float* scratch);
   std::int64_t (*convolution_scratch)(const ConvolutionParams&, std::int64_t tiles);
   void (*convolution_tiles)(const ConvolutionParams&, std::int64_t first, std::int64_t count, float* scratch);
+  // The same where it is done directly, on rows.
+  void (*pack_direct)(const float* weight, std::int64_t channels, std::int64_t taps, std::int64_t first, float* to);
+  std::int64_t (*direct_scratch)(const ConvolutionParams&, std::int64_t rows);
+  void (*direct_rows)(const ConvolutionParams&, std::int64_t first, std::int64_t count, float* scratch);
 };
 
 constexpr std::int64_t kNormLines = 4;

@@ -17,6 +17,7 @@
 #else
 #include "kernels/attention_panels.h"
 #endif
+#include "kernels/convolution_direct.h"
 #include "kernels/convolution_simd.h"
 #include "kernels/group_norm_simd.h"
 #include "kernels/identity_mix_simd.h"
@@ -148,5 +149,5 @@ void attention_rows(const AttentionParams& p, const float* packed, std::int64_t 
   extern const CpuKernels name = {kQueryBlock, kRowBlock,    kLanes,            key_block,        packed_size, \
                                   pack_scratch, attention_scratch, identity_scratch, pack_keys, attention_rows, \
                                   identity_rows, norm_sums, norm_rows, kPanel, kDepth, pack_convolution, convolution_scratch, \
-                                  convolution_tiles}; \
+                                  convolution_tiles, pack_direct, direct_scratch, direct_rows}; \
   }

@@ -1,4 +1,4 @@
-// convolution (convolution_params.h) for one instruction set: vector lanes are channels. Included by attention_simd.h.
+// convolution (convolution_params.h) by Winograd's way for one instruction set: vector lanes are channels. Included by attention_simd.h.
 //
 // Tiles pass in blocks. Their inputs are transformed to units [16, rows, units of channels]; then, for a panel of outputs after the other,
 // sixteen products with the panel's weights, and the transform of what comes out.
@@ -128,6 +128,14 @@ PIDIFF_INLINE void multiply_rows(const float* a, std::int64_t units, const float
     for (int j = 0; j < kPanelVectors; ++j) store(to + i * kPanel + j * kLanes, sum[i][j]);
 }
 
+// Sums of the outputs from `first` on -> elements of `out` from `to` on.
+template <class T>
+PIDIFF_INLINE void put_output(const ConvolutionParams& p, std::int64_t to, std::int64_t first, Float sum) {
+  sum += load(p.bias + first);
+  if (p.residual != nullptr) sum += values(static_cast<const T*>(p.residual) + to);
+  put(static_cast<T*>(p.out) + to, sum);
+}
+
 // Row `row` of products [16, rows, kPanel] -> the tile's 2 x 2 pixels of the panel of outputs from `first` on.
 template <class T>
 void put_tile(const ConvolutionParams& p, std::int64_t tile, std::int64_t first, const float* products, std::int64_t row, std::int64_t rows) {
@@ -144,10 +152,7 @@ void put_tile(const ConvolutionParams& p, std::int64_t tile, std::int64_t first,
       transform_output(y[i][0], y[i][1], y[i][2], y[i][3], pixel[i][0], pixel[i][1]);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
-        const std::int64_t to = ((at.batch * p.height + at.y + i) * p.width + at.x + j) * p.out_channels + first + o;
-        Float sum = pixel[i][j] + load(p.bias + first + o);
-        if (p.residual != nullptr) sum += values(static_cast<const T*>(p.residual) + to);
-        put(static_cast<T*>(p.out) + to, sum);
+        put_output<T>(p, ((at.batch * p.height + at.y + i) * p.width + at.x + j) * p.out_channels + first + o, first + o, pixel[i][j]);
       }
     }
   }

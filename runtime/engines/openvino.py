@@ -16,6 +16,7 @@ from .openvino_attention import use_attention
 from .openvino_convolution import MORE, faster_kernel, use_convolution
 from .openvino_gates import split_gates
 from .openvino_group_norm import use_group_norm
+from .openvino_linear import use_linear
 from .openvino_node import Kernels
 from .openvino_ops import core
 from .openvino_rows import ROWS, share_rows
@@ -170,10 +171,10 @@ class OpenVinoEngine:
         """Give our kernels what they are faster at; returns the Kernels."""
         rounding, kernels = self._config["INFERENCE_PRECISION_HINT"] == "bf16", Kernels()
         use_attention(model, rounding, kernels)
-        if not self._any_batch:
-            use_convolution(model, rounding, kernels, self._packed)     # first: a normalisation would take its bias
-            if rounding or faster_kernel(rounding):
-                use_group_norm(model, kernels)      # between convolutions whose channels lie together
+        use_convolution(model, rounding, kernels, self._packed, self._any_batch)    # first: a normalisation would take its bias
+        use_linear(model, rounding, kernels, self._packed)
+        if rounding or faster_kernel(rounding) and not self._any_batch:
+            use_group_norm(model, kernels)      # between convolutions whose channels lie together
         return kernels
 
     def _try(self, verb, work):

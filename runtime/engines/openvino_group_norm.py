@@ -53,12 +53,12 @@ def _found(mvn):
     shape = source and source.get_partial_shape()
     axes = values(mvn.input_value(1))
     plain = how["normalize_variance"] and how["eps_mode"].upper() == "INSIDE_SQRT" and axes is not None and list(axes) == [2]
-    if not (plain and shape and shape.is_static and len(shape) == 4):
+    if not (plain and shape and len(shape) == 4 and all(n.is_static for n in list(shape)[1:])):
         return None
     ones, by_one = with_constant(mvn, "Multiply")
     zeros, to_zero = with_constant(by_one, "Add")
     picture = reader(to_zero)
-    if picture is None or picture.get_type_name() != "Reshape" or list(picture.get_output_shape(0)) != list(shape) or (ones != 1).any() or zeros.any():
+    if picture is None or picture.get_type_name() != "Reshape" or list(picture.get_output_partial_shape(0)) != list(shape) or (ones != 1).any() or zeros.any():
         return None
     weight, weighted = with_constant(picture, "Multiply")
     bias, last = with_constant(weighted, "Add")
@@ -67,7 +67,7 @@ def _found(mvn):
         return None
     first, shift = _shifted(source, channels)
     silu = _silu(last)
-    return silu or last, first, shift, {"weight": weight, "bias": bias, "num_groups": mvn.get_output_shape(0)[1], "silu": silu is not None,
+    return silu or last, first, shift, {"weight": weight, "bias": bias, "num_groups": rows.get_output_partial_shape(0)[1].get_length(), "silu": silu is not None,
                                         "epsilon": how["eps"]}
 
 
@@ -77,9 +77,8 @@ def _shifted(source, channels):
     if add.get_type_name() == "Add" and reader(add) is not None:
         for x, shift in (add.input_values(), add.input_values()[::-1]):
             shapes = x.get_partial_shape(), shift.get_partial_shape()
-            if all(s.is_static for s in shapes) and list(x.get_shape()) == list(source.get_shape()) and shift.get_shape()[0] in (1, x.get_shape()[0]):
-                if list(shift.get_shape())[1:] == [channels, 1, 1]:
-                    return x, shift
+            if list(shapes[0]) == list(source.get_partial_shape()) and list(shapes[1])[1:] == [channels, 1, 1] and shapes[1][0] in (1, shapes[0][0]):
+                return x, shift
     return source, None
 
 

@@ -21,9 +21,10 @@ def kernel_node(name, kernel):
     _HANDLES.extend([handle] * 1000)    # it is let go without the interpreter's lock: it must never be the last time, even if counts are lost
 
     class Node(Op):
-        def __init__(self, inputs, kernels, shape=None, **arguments):
+        def __init__(self, inputs, kernels, shape=None, number=None, **arguments):
             super().__init__(handle)    # what the node's name comes from; see Kernels why it is not the node itself
             self._kernels, self._shape, self._arguments = weakref.ref(kernels), shape, arguments
+            self._number = len(kernels.nodes) if number is None else number
             kernels.nodes.append(self)
             self.set_arguments(inputs)
             self.constructor_validate_and_infer_types()
@@ -32,8 +33,12 @@ def kernel_node(name, kernel):
             shape = self.get_input_partial_shape(0)
             self.set_output_type(0, self.get_input_element_type(0), PartialShape([shape[0], *self._shape]) if self._shape else shape)
 
+        def visit_attributes(self, visitor):
+            visitor.on_attributes({"number": self._number})     # OpenVINO takes nodes of the same inputs and attributes for one
+            return True
+
         def clone_with_new_inputs(self, new_inputs):
-            return Node(new_inputs, self._kernels(), self._shape, **self._arguments)
+            return Node(new_inputs, self._kernels(), self._shape, self._number, **self._arguments)
 
         def has_evaluate(self):
             return True
@@ -88,13 +93,18 @@ def values(value):
 
 
 def channels_last(x):
-    """Return an output [B,C,H,W] as [B,H,W,C], which it comes from or a transposition makes. OpenVINO takes two transpositions that undo each
-    other away, but not where something else reads what is between them."""
+    """Return an output [B,C,H,W] as [B,H,W,C], which it comes from or a transposition makes; pictures one behind the other are put together
+    that way for all who read them. OpenVINO takes two transpositions that undo each other away, but not where something else reads what is
+    between them."""
     from openvino import opset13 as ops
 
     node = x.get_node()
     if node.get_type_name() == "Transpose" and list(values(node.input_value(1))) == [0, 3, 1, 2]:
         return node.input_value(0)
+    if node.get_type_name() == "Concat" and node.get_attributes()["axis"] in (1, -3):
+        joined = ops.concat([channels_last(one) for one in node.input_values()], 3).output(0)
+        x.replace(channels_first(joined))
+        return joined
     return ops.transpose(x, np.array([0, 2, 3, 1])).output(0)
 
 
