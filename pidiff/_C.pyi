@@ -77,16 +77,16 @@ def attention(q: numpy.ndarray, k: numpy.ndarray, v: numpy.ndarray, num_heads: t
     one of these from 512 keys on where that is faster ("amx" where it runs, else "avx512bf16" on AMD's processors),
     else "auto".
     """
-def convolution(x: numpy.ndarray, packed: numpy.ndarray, bias: numpy.ndarray, residual: numpy.ndarray | None = None, upsample: bool = False, implementation: str = 'auto', out: numpy.ndarray | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.ndarray:
+def convolution(x: numpy.ndarray, packed: numpy.ndarray, bias: numpy.ndarray, residual: numpy.ndarray | None = None, upsample: bool = False, stride: typing.SupportsInt | typing.SupportsIndex = 1, implementation: str = 'auto', out: numpy.ndarray | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.ndarray:
     """
-    3 x 3 convolution, stride 1, padding 1, by Winograd's F(2 x 2, 3 x 3) (arXiv 1509.09308).
+    3 x 3 convolution with padding 1, or 1 x 1.
     
-    x [B, H, W, C], float32 or bfloat16 (ml_dtypes' or its bits as uint16), H and W even, packed of `pack_convolution` for the same
-    implementation, bias [O] float32 -> [B, H, W, O] in x's dtype, plus residual, which has the same shape: `out` if given, which
-    may be residual and not overlap x. upsample: x is [B, H / 2, W / 2, C], and every pixel of it four. threads: as in
-    `attention`. implementation: "reference" (direct), one that computes in float32 ("auto" takes the last), "avx512bf16" or
-    "amx", which round what is multiplied to bfloat16, or "low", one of these two where that is faster than float32, else
-    "auto".
+    x [B, H, W, C], float32 or bfloat16 (ml_dtypes' or its bits as uint16), packed of `pack_convolution` for the same implementation, bias
+    [O] float32 -> [B, H, W, O] in x's dtype, plus residual, which has the same shape: `out` if given, which may be residual and not
+    overlap x. H and W are even by Winograd's way and with a stride of 2. upsample: x is [B, H / 2, W / 2, C], and every pixel of it
+    four. stride: 2 for [B, H / 2, W / 2, O]. threads: as in `attention`. implementation: "reference" (clear loops), one that
+    computes in float32 ("auto" takes the last), "avx512bf16" or "amx", which round what is multiplied to bfloat16, or "low",
+    one of these two where that is faster than float32, else "auto".
     """
 def cpu_implementations() -> list[str]:
     """
@@ -116,9 +116,11 @@ def implementation_of(name: str) -> str:
     """
     What "auto" or "low" stands for on this machine where nothing is too small for rounding; another name as it is.
     """
-def pack_convolution(weight: numpy.ndarray, implementation: str = 'auto') -> numpy.ndarray:
+def pack_convolution(weight: numpy.ndarray, implementation: str = 'auto', method: str = 'winograd') -> numpy.ndarray:
     """
-    weight [O, C, 3, 3], float32, O a multiple of 64, C of 32 -> the weights as `convolution` takes them, float32 [*, *, *, *].
+    weight [O, C, K, K], float32, O a multiple of 64, C of 32, K 3 or 1 -> the weights as `convolution` takes them, float32 [*, *, *, *].
+    
+    method: "winograd" (K 3, stride 1, even sides) by F(2 x 2, 3 x 3) (arXiv 1509.09308), or "direct".
     """
 def queue_step_input(params: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], stream: typing.SupportsInt | typing.SupportsIndex) -> None:
     """

@@ -19,6 +19,7 @@ core()  # imports openvino as the runtime does
 import openvino
 from openvino import opset13 as ops
 
+from pidiff.runtime.engines.openvino_convolution import faster_kernel
 from pidiff.runtime.engines.openvino_group_norm import use_group_norm
 from pidiff.runtime.engines.openvino_node import Kernels
 
@@ -117,10 +118,10 @@ def test_what_is_of_another_kind_stays(options):
 @needs_bfloat16
 @pytest.mark.parametrize("lean", [False, True])
 def test_every_normalisation_of_a_unet(large, tmp_path_factory, lean):  # noqa: F811
-    """Where it is compiled for its shape; for any batch, transpositions would be copies."""
+    """Where it is compiled for its shape; for any batch where convolutions are ours, too: with OpenVINO's, transpositions would be copies."""
     bundle = Bundle.open(shared("fused", tmp_path_factory))
     groups = sum(node.op_type == "InstanceNormalization" for node in onnx.load(bundle.file("unet.onnx"), load_external_data=False).graph.node)
     engine = opened(bundle, "unet", static=True, precision="auto", lean=lean)
     call(engine, drawn_inputs(bundle.graph("unet"), np.random.default_rng(0), B=2, P=1, h=8, w=8))
     names = [op.get_friendly_name() for op in engine._request.get_compiled_model().get_runtime_model().get_ops()]
-    assert sum(name.rpartition("_")[0] == "GroupNorm" for name in names) == (0 if lean else groups) and groups > 4
+    assert sum(name.rpartition("_")[0] == "GroupNorm" for name in names) == (0 if lean and not faster_kernel(True) else groups) and groups > 4

@@ -6,10 +6,13 @@ import pytest
 pytest.importorskip("openvino")
 
 from test_convolution import ROUNDING, close
-from test_openvino import needs_bfloat16
+from test_openvino import drawn_inputs, needs_bfloat16, opened
 from test_openvino_group_norm import kernels_of, results
+from test_openvino_weights import large  # noqa: F401 (a fixture)
 
 from pidiff import _C
+from pidiff.runtime.bundle import Bundle, shipped_bundle
+from pidiff.runtime.engines import call
 from pidiff.runtime.engines.openvino_ops import core
 
 core()  # imports openvino as the runtime does
@@ -17,6 +20,7 @@ import openvino
 from openvino import opset13 as ops
 
 from pidiff.runtime.engines import openvino_linear
+from pidiff.runtime.engines.openvino_convolution import faster_kernel
 from pidiff.runtime.engines.openvino_linear import use_linear
 from pidiff.runtime.engines.packed_weights import PackedWeights
 
@@ -125,3 +129,19 @@ def test_products_of_two_tensors_stay(numbers):
     x, *_ = numbers
     source = ops.parameter(x.shape, np.float32)
     assert "MatMul" in converted(openvino.Model([ops.matmul(source, source, False, True)], [source]))
+
+
+@needs_bfloat16
+@pytest.mark.skipif(not faster_kernel(True), reason="our kernel is not the faster one here")
+@pytest.mark.parametrize("lean", [False, True])
+def test_every_layer_of_a_unet(large, lean):  # noqa: F811
+    """No linear layer and no convolution of numbers of channels that the kernel can do is left with OpenVINO, which would pack its weights."""
+    bundle = Bundle.open(shipped_bundle())
+    inputs = drawn_inputs(bundle.graph("unet"), np.random.default_rng(0), B=2, P=1, h=32, w=32)
+    engine, other = (opened(bundle, "unet", static=True, precision=precision, lean=lean) for precision in ("auto", "full"))
+    got, want = (call(one, inputs)[bundle.graph("unet").outputs[0].name] for one in (engine, other))
+    layers = [(op.get_rt_info()["layerType"].astype(str), op) for op in engine._request.get_compiled_model().get_runtime_model().get_ops()]
+    left = [list(op.get_output_partial_shape(0))[{"FullyConnected": -1, "Convolution": 1}[kind]] for kind, op in layers if kind in ("FullyConnected", "Convolution")]
+    ours = [op.get_friendly_name().partition("_")[0] for kind, op in layers if kind == "Reference"]
+    assert left and all(outputs.get_length() % 64 for outputs in left) and ours.count("Linear") > 10
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()

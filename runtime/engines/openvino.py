@@ -173,8 +173,9 @@ class OpenVinoEngine:
         use_attention(model, rounding, kernels)
         use_convolution(model, rounding, kernels, self._packed, self._any_batch)    # first: a normalisation would take its bias
         use_linear(model, rounding, kernels, self._packed)
-        if rounding or faster_kernel(rounding) and not self._any_batch:
-            use_group_norm(model, kernels)      # between convolutions whose channels lie together
+        faster, one_shape = faster_kernel(rounding), not self._any_batch
+        if rounding and faster or one_shape and (rounding or faster):
+            use_group_norm(model, kernels)      # where channels lie together: between our convolutions, or OpenVINO's in bfloat16, compiled for one shape
         return kernels
 
     def _try(self, verb, work):
