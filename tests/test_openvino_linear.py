@@ -97,6 +97,17 @@ def test_layers_that_read_the_same_stay_two(numbers):
         close(got, wanted(x, sign * weight, bias), LIMIT)
 
 
+def test_a_square_and_the_same_turned(rng, tmp_path):
+    """Packed in two ways, of the same numbers, in one cache."""
+    (tmp_path / "none.onnx").write_bytes(b"a graph")
+    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, TOKENS, 64), (64, 64)))
+    for turned in (True, False):
+        source = ops.parameter(x.shape, np.float32)
+        model = openvino.Model([ops.matmul(source, weight, False, turned)], [source])
+        use_linear(model, True, kernels_of(model), PackedWeights(tmp_path / "none.onnx", tmp_path))
+        close(results(model, x)[0], wanted(x, weight if turned else weight.T), LIMIT)
+
+
 def test_what_else_reads_the_sum_of_bias_reads_it_still(numbers):
     x, weight, bias, residual = numbers
     source = ops.parameter(x.shape, np.float32)

@@ -23,7 +23,7 @@ from .openvino_rows import ROWS, share_rows
 from .openvino_weights import rewritten
 from .packed_weights import PackedWeights
 
-KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each: a full batch and the last, smaller one
+KEPT_SHAPES = 2  # compiled graphs kept at once, with their own packed weights each (not those of our kernels): a full batch and the last, smaller one
 # From here on weights are mapped from a file in the format of the arithmetic, and our kernels take what OpenVINO is slow at; and, where memory
 # counts more than time, a graph is packed once for all numbers of pictures. Compiled for one of them, Stable Diffusion's UNet is up to a third faster
 # and takes 1.7 GB for each, in float32 3.4. Graphs that draw are large earlier: our kernels are for them, and what they hold beside weights is more.

@@ -35,9 +35,9 @@ def use_linear(model, rounding, kernels, packed):
         found = _found(node) if node.get_type_name() == "MatMul" else None
         if found is None:
             continue
-        weight, rows, bias, last = found
-        pack = lambda: _C.pack_convolution(rows()[..., None, None], which, "direct")  # noqa: B023, E731
-        how = {"packed": packed.get(node.get_friendly_name(), constant(weight).data, pack, which, "direct"), "implementation": which}
+        weight, turned, bias, last = found
+        pack = lambda: _C.pack_convolution(_rows(weight, turned)[..., None, None], which, "direct")  # noqa: B023, E731
+        how = {"packed": packed.get(node.get_friendly_name(), constant(weight).data, pack, which, "direct", turned), "implementation": which}
         residual, last = added(last)
         inputs = [x for x in (node.input_value(0), residual) if x is not None]
         made = linear()(inputs, kernels, (node.get_output_partial_shape(0)[1].get_length(), len(bias)), bias=bias, **how)
@@ -46,20 +46,24 @@ def use_linear(model, rounding, kernels, packed):
 
 
 def _found(node):
-    """Return (output with the weights, what returns them as [O,C], bias [O], last node) of a product that the kernel can do, with the addition
-    of its bias where it has one, else None."""
+    """Return (output with the weights, whether they are [O,C] and not [C,O], bias [O], last node) of a product that the kernel can do, with the
+    addition of its bias where it has one, else None."""
     x, how = node.get_input_partial_shape(0), node.get_attributes()
     weight, turned = node.input_value(1), how["transpose_b"]
     if weight.get_node().get_type_name() == "Transpose" and list(values(weight.get_node().input_value(1))) == [1, 0]:
         weight, turned = weight.get_node().input_value(0), not turned
     if constant(weight) is None or len(weight.get_partial_shape()) != 2 or len(x) != 3 or x[1].is_dynamic or how["transpose_a"]:
         return None
-    shape = list(weight.get_shape())
-    outputs, channels = shape if turned else shape[::-1]
+    outputs, channels = list(weight.get_shape())[::1 if turned else -1]
     if outputs % 64 or channels % 32:
         return None
-    rows = lambda: values(weight).reshape(shape) if turned else np.ascontiguousarray(values(weight).reshape(shape).T)  # noqa: E731
     bias, last = with_constant(node, "Add")
     if last is None or bias.size != outputs or not any(list(x.get_partial_shape())[-1:] == [outputs] for x in last.input_values() if constant(x)):
         bias, last = np.zeros(outputs, np.float32), node
-    return weight, rows, bias, last
+    return weight, turned, bias, last
+
+
+def _rows(weight, turned):
+    """Return weights as [O,C] in float32."""
+    whole = values(weight).reshape(weight.get_shape())
+    return whole if turned else np.ascontiguousarray(whole.T)
