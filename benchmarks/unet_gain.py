@@ -5,7 +5,7 @@
     python -m benchmarks.unet_gain --openvino fused/unet.onnx [--precision auto|full] ...
 
 The ways are timed in turns of three runs: in ONNX Runtime the two graphs, the second one with precision "full" and "auto"; in OpenVINO one
-graph with its own kernels alone, with our attention, compiled for any batch, and with ours as it is by default. In ONNX Runtime each turn loads its engine, one at
+graph with its own kernels alone, with ours compiled for any batch, and with ours as it is by default. In ONNX Runtime each turn loads its engine, one at
 a time (those of Stable Diffusion need the memory).
 Medians of wall and processor time of a run, the ratio of processor time to the first, and how far the output is from the first one's.
 """
