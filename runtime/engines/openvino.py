@@ -158,6 +158,7 @@ class OpenVinoEngine:
                 model.reshape({name: list(shape) for name, shape in shapes.items()})
                 if self._large:
                     kernels = self._use_kernels(model)
+                    give_back()     # what packing took
             compiled = core().compile_model(model, "CPU", config)
         if kernels:
             kernels.follow(compiled)
