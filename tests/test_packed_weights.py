@@ -181,6 +181,17 @@ def test_an_engine_maps_them(graph, monkeypatch):
     assert 0 < np.abs(first - own).max() < 1e-5 * np.abs(own).max()
 
 
+def test_what_packing_took_is_given_back(graph, monkeypatch):
+    """Before the first run, whose peak it would raise."""
+    from pidiff import _C
+
+    real, done = _C.pack_convolution, []
+    monkeypatch.setattr(_C, "pack_convolution", lambda *args: done.append("packed") or real(*args))
+    monkeypatch.setattr(engine_module, "give_back", lambda: done.append("given back"))
+    convolved(graph)
+    assert "packed" in done and done[-1] == "given back"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_engine_that_is_let_go_holds_nothing(graph):
     """Neither packed weights, nor its nodes, which OpenVINO's own way of making them would keep for ever; without the garbage collector."""

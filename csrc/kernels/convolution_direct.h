@@ -54,17 +54,6 @@ void put_taps(const ConvolutionParams& p, std::int64_t row, float* to) {
     }
 }
 
-// sums [kTileRows, kPanel], from zero if `first`, plus a [kTileRows, units], rows `across` apart, times weights [units, kPanel].
-PIDIFF_INLINE void add_rows(const float* a, std::int64_t across, std::int64_t units, const float* weights, bool first, float* sums) {
-  Float sum[kTileRows][kPanelVectors] = {};
-  if (!first)
-    for (int i = 0; i < kTileRows; ++i)
-      for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = load(sums + i * kPanel + j * kLanes);
-  multiply_panel<kTileRows, kPanelVectors, false>(a, weights, kPanel, units, sum, across);
-  for (int i = 0; i < kTileRows; ++i)
-    for (int j = 0; j < kPanelVectors; ++j) store(sums + i * kPanel + j * kLanes, sum[i][j]);
-}
-
 template <class T>
 void convolve_directly(const ConvolutionParams& p, std::int64_t first, std::int64_t count, float* scratch) {
   const std::int64_t rows = convolution_rows(count), units = p.kernel * p.kernel * units_of(p.channels);

@@ -120,12 +120,15 @@ void transform_tile(const ConvolutionParams& p, std::int64_t tile, const T* zero
   }
 }
 
-// to [kTileRows, kPanel] = a [kTileRows, units] times weights [units, kPanel].
-PIDIFF_INLINE void multiply_rows(const float* a, std::int64_t units, const float* weights, float* to) {
+// sums [kTileRows, kPanel], from zero if `first`, plus a [kTileRows, units], rows `across` apart, times weights [units, kPanel].
+PIDIFF_INLINE void add_rows(const float* a, std::int64_t across, std::int64_t units, const float* weights, bool first, float* sums) {
   Float sum[kTileRows][kPanelVectors] = {};
-  multiply_panel<kTileRows, kPanelVectors, false>(a, weights, kPanel, units, sum, units);
+  if (!first)
+    for (int i = 0; i < kTileRows; ++i)
+      for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = load(sums + i * kPanel + j * kLanes);
+  multiply_panel<kTileRows, kPanelVectors, false>(a, weights, kPanel, units, sum, across);
   for (int i = 0; i < kTileRows; ++i)
-    for (int j = 0; j < kPanelVectors; ++j) store(to + i * kPanel + j * kLanes, sum[i][j]);
+    for (int j = 0; j < kPanelVectors; ++j) store(sums + i * kPanel + j * kLanes, sum[i][j]);
 }
 
 // Sums of the outputs from `first` on -> elements of `out` from `to` on.
@@ -167,7 +170,7 @@ void convolve(const ConvolutionParams& p, std::int64_t first, std::int64_t count
   for (std::int64_t o = 0; o < p.out_channels; o += kPanel) {
     for (std::int64_t i = 0; i < 16; ++i)
       for (std::int64_t t = 0; t < rows; t += kTileRows)  // the last ones may be nobody's
-        multiply_rows(scratch + (i * rows + t) * units, units, p.weights + (o * 16 + i * kPanel) * units, products + (i * rows + t) * kPanel);
+        add_rows(scratch + (i * rows + t) * units, units, units, p.weights + (o * 16 + i * kPanel) * units, true, products + (i * rows + t) * kPanel);
     for (std::int64_t t = 0; t < count; ++t) put_tile<T>(p, first + t, o, products, t, rows);
   }
 }

@@ -58,7 +58,7 @@ def _found(node):
     if outputs % 64 or channels % 32:
         return None
     bias, last = with_constant(node, "Add")
-    if last is None or bias.size != outputs or not any(list(x.get_partial_shape())[-1:] == [outputs] for x in last.input_values() if constant(x)):
+    if last is None or bias.size != outputs or not any(list(one.get_partial_shape())[-1:] == [outputs] for one in last.input_values() if constant(one) is not None):
         bias, last = np.zeros(outputs, np.float32), node
     return weight, turned, bias, last
 
