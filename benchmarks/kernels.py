@@ -33,7 +33,8 @@ SHAPES = [  # queries, keys, heads, head dim
 ]
 CONVOLUTIONS = [(64, 320, 320), (32, 640, 640), (16, 1280, 1280), (256, 256, 256)]  # height and width, channels, outputs
 LINEAR = [(64, 320, 320), (64, 320, 1280), (32, 2560, 640), (16, 1280, 1280)]  # the root of the number of rows, channels, outputs
-CALLGRIND_SHAPES = [(512, 1024, 2, 40), (512, 1024, 2, 64), (512, 77, 2, 40)]
+CALLGRIND_ATTENTION = [(512, 1024, 2, 40), (512, 1024, 2, 64), (512, 77, 2, 40)]
+CALLGRIND_CONVOLUTIONS = [(32, 64, 64, 3), (32, 128, 128, 1)]  # height and width, channels, outputs, kernel (1: a linear layer)
 KINDS = {"avx512bf16": "bfloat16", "amx": "amx"}  # column -> rate it is held against; float32 else
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 
@@ -174,30 +175,35 @@ def table(args) -> None:
             print(f"  {name:12} {speed:6.1f}{shown}", flush=True)
 
 
-def instructions(implementation: str, shape, calls: int, folder: str) -> int:
-    """Instructions of a Python process that calls the kernel `calls` times."""
-    queries, keys, heads, dim = shape
-    code = (f"import numpy as np, pidiff._C as c; q, k = np.ones((1, {queries}, {heads * dim}), 'f'), np.ones((1, {keys}, "
-            f"{heads * dim}), 'f')\nfor _ in range({calls}): c.attention(q, k, k, {heads}, '{implementation}')")
-    done = subprocess.run(
-        ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", sys.executable, "-c", code], text=True,
-        capture_output=True, cwd=folder, env=os.environ | {"PIDIFF_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"})
-    if done.returncode:
-        raise SystemExit(f"valgrind failed: {done.stderr[-500:]}")
-    return int(re.search(r"Collected : (\d+)", done.stderr).group(1))
+def instructions(prepare: str, call: str, folder: str) -> float:
+    """Instructions of one call: of a Python process that makes three, less those of one that makes one, which leaves out the interpreter's own."""
+    def collected(calls: int) -> int:
+        code = f"import numpy as np, pidiff._C as c\n{prepare}\nfor _ in range({calls}): {call}"
+        done = subprocess.run(
+            ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", sys.executable, "-c", code], text=True,
+            capture_output=True, cwd=folder, env=os.environ | {"PIDIFF_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"})
+        if done.returncode:
+            raise SystemExit(f"valgrind failed: {done.stderr[-500:]}")
+        return int(re.search(r"Collected : (\d+)", done.stderr).group(1))
+
+    return (collected(3) - collected(1)) / 2
 
 
 def callgrind() -> None:
     if shutil.which("valgrind") is None:
         raise SystemExit("valgrind must be installed for --callgrind")
+    works = [(f"S {queries} keys {keys} heads {heads} d {dim}", 2.0 * queries * keys * heads * dim,
+              f"q, k = np.ones((1, {queries}, {heads * dim}), 'f'), np.ones((1, {keys}, {heads * dim}), 'f')",
+              f"c.attention(q, k, k, {heads}, '{{0}}')") for queries, keys, heads, dim in CALLGRIND_ATTENTION]
+    works += [(f"{kernel} x {kernel} convolution of {side} x {side}, {channels} channels to {outputs}", 1.0 * (kernel * side) ** 2 * channels * outputs,
+               f"x, bias = np.ones((1, {side}, {side}, {channels}), 'f'), np.zeros({outputs}, 'f')\n"
+               f"packed = c.pack_convolution(np.ones(({outputs}, {channels}, {kernel}, {kernel}), 'f'), '{{0}}', '{'winograd' if kernel == 3 else 'direct'}')",
+               "c.convolution(x, packed, bias, implementation='{0}')") for side, channels, outputs, kernel in CALLGRIND_CONVOLUTIONS]
     with tempfile.TemporaryDirectory() as folder:
-        for shape in CALLGRIND_SHAPES:
+        for title, operations, prepare, call in works:
             for implementation in ("portable", "avx2"):
-                # The difference leaves out the interpreter's own.
-                count = (instructions(implementation, shape, 3, folder) - instructions(implementation, shape, 1, folder)) / 2
-                per = count / (2.0 * np.prod(shape))
-                print("S {} keys {} heads {} d {}".format(*shape), f"{implementation:9} {per:.3f} instructions a multiply-add",
-                      flush=True)
+                per = instructions(prepare.format(implementation), call.format(implementation), folder) / operations
+                print(title, f"{implementation:9} {per:.3f} instructions a multiply-add", flush=True)
 
 
 def main() -> None:
