@@ -175,35 +175,40 @@ def table(args) -> None:
             print(f"  {name:12} {speed:6.1f}{shown}", flush=True)
 
 
-def instructions(prepare: str, call: str, folder: str) -> float:
-    """Instructions of one call: of a Python process that makes three, less those of one that makes one, which leaves out the interpreter's own."""
-    def collected(calls: int) -> int:
-        code = f"import numpy as np, pidiff._C as c\n{prepare}\nfor _ in range({calls}): {call}"
-        done = subprocess.run(
-            ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", sys.executable, "-c", code], text=True,
-            capture_output=True, cwd=folder, env=os.environ | {"PIDIFF_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"})
-        if done.returncode:
-            raise SystemExit(f"valgrind failed: {done.stderr[-500:]}")
-        return int(re.search(r"Collected : (\d+)", done.stderr).group(1))
+def instructions(prepare: str, call: str, calls: int, folder: str) -> int:
+    """Instructions of a Python process that prepares, then calls the kernel `calls` times."""
+    code = f"import numpy as np, pidiff._C as c\n{prepare}\nfor _ in range({calls}): {call}"
+    done = subprocess.run(
+        ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", sys.executable, "-c", code], text=True,
+        capture_output=True, cwd=folder, env=os.environ | {"PIDIFF_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"})
+    if done.returncode:
+        raise SystemExit(f"valgrind failed: {done.stderr[-500:]}")
+    return int(re.search(r"Collected : (\d+)", done.stderr).group(1))
 
-    return (collected(3) - collected(1)) / 2
+
+def counted(implementation: str):
+    """(title, multiply-adds, what a process prepares, its call) of every kernel whose instructions are counted."""
+    for queries, keys, heads, dim in CALLGRIND_ATTENTION:
+        yield (f"S {queries} keys {keys} heads {heads} d {dim}", 2 * queries * keys * heads * dim,
+               f"q, k = np.ones((1, {queries}, {heads * dim}), 'f'), np.ones((1, {keys}, {heads * dim}), 'f')",
+               f"c.attention(q, k, k, {heads}, '{implementation}')")
+    for side, channels, outputs, kernel in CALLGRIND_CONVOLUTIONS:
+        weight, method = f"np.ones(({outputs}, {channels}, {kernel}, {kernel}), 'f')", "winograd" if kernel == 3 else "direct"
+        yield (f"{kernel} x {kernel} convolution of {side} x {side}, {channels} channels to {outputs}", (kernel * side) ** 2 * channels * outputs,
+               f"x, bias = np.ones((1, {side}, {side}, {channels}), 'f'), np.zeros({outputs}, 'f')\n"
+               f"packed = c.pack_convolution({weight}, '{implementation}', '{method}')",
+               f"c.convolution(x, packed, bias, implementation='{implementation}')")
 
 
 def callgrind() -> None:
     if shutil.which("valgrind") is None:
         raise SystemExit("valgrind must be installed for --callgrind")
-    works = [(f"S {queries} keys {keys} heads {heads} d {dim}", 2.0 * queries * keys * heads * dim,
-              f"q, k = np.ones((1, {queries}, {heads * dim}), 'f'), np.ones((1, {keys}, {heads * dim}), 'f')",
-              f"c.attention(q, k, k, {heads}, '{{0}}')") for queries, keys, heads, dim in CALLGRIND_ATTENTION]
-    works += [(f"{kernel} x {kernel} convolution of {side} x {side}, {channels} channels to {outputs}", 1.0 * (kernel * side) ** 2 * channels * outputs,
-               f"x, bias = np.ones((1, {side}, {side}, {channels}), 'f'), np.zeros({outputs}, 'f')\n"
-               f"packed = c.pack_convolution(np.ones(({outputs}, {channels}, {kernel}, {kernel}), 'f'), '{{0}}', '{'winograd' if kernel == 3 else 'direct'}')",
-               "c.convolution(x, packed, bias, implementation='{0}')") for side, channels, outputs, kernel in CALLGRIND_CONVOLUTIONS]
     with tempfile.TemporaryDirectory() as folder:
-        for title, operations, prepare, call in works:
-            for implementation in ("portable", "avx2"):
-                per = instructions(prepare.format(implementation), call.format(implementation), folder) / operations
-                print(title, f"{implementation:9} {per:.3f} instructions a multiply-add", flush=True)
+        for implementation in ("portable", "avx2"):
+            for title, multiply_adds, prepare, call in counted(implementation):
+                # The difference leaves out the interpreter's own, and what is prepared.
+                three, one = (instructions(prepare, call, calls, folder) for calls in (3, 1))
+                print(title, f"{implementation:9} {(three - one) / 2 / multiply_adds:.3f} instructions a multiply-add", flush=True)
 
 
 def main() -> None:
