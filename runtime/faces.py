@@ -1,5 +1,7 @@
 """From a photo to the face that the encoder reads: detect, align to the FFHQ template, remove the background."""
 
+from functools import partial
+
 import numpy as np
 
 from .engines import call
@@ -24,12 +26,10 @@ class FaceReader:
 
     def __init__(self, load, size, matting=True):
         self.size, self.matting, self._load = size, matting, load
-        self._mtcnn = Mtcnn(self._pnet, lambda x: call(load("face_rnet"), {"image": x}),
-                            lambda x: call(load("face_onet"), {"image": x}))
 
     def detect(self, image):
         """Return the Detections that count in an RGB uint8 image [H,W,3], largest first."""
-        found = self._mtcnn.detect(image)
+        found = Mtcnn(self._pnet, partial(self._net, "face_rnet"), partial(self._net, "face_onet")).detect(image)
         widths = found.boxes[:, 2] - found.boxes[:, 0]
         sure = found.scores >= MIN_SCORE
         sure &= widths >= MIN_RELATIVE_WIDTH * max(widths[sure], default=0)
@@ -66,7 +66,10 @@ class FaceReader:
 
     def _pnet(self, image):
         rows, columns = (-(-(n - 2) // 2) - 4 for n in image.shape[2:])
-        return call(self._load("face_pnet"), {"image": image}, rows=rows, columns=columns)
+        return self._net("face_pnet", image, rows=rows, columns=columns)
+
+    def _net(self, graph, image, **sizes):
+        return call(self._load(graph), {"image": image}, **sizes)
 
 
 def matte(graph, face, side):

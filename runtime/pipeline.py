@@ -68,7 +68,7 @@ class Pipeline:
         self._keeps = self._stages_to_keep(keep, max_memory)
         whole, on_gpu = self._keeps == ALL, max_memory is not None and self.device == "cuda"
         self._budget = DeviceBudget(bundle, max_memory, whole, sessions=self._compiled is None) if on_gpu else \
-            Budget(bundle, max_memory, whole, ENGINES[self.engine][2], self._loading)
+            Budget(bundle, max_memory, whole, ENGINES[self.engine][2], self._loading())
         self._engines, self._kept = {}, Recent(16 if self._keeps else 4)
         self._schedule_config = bundle.json("schedule.json")
         if warm:
@@ -354,12 +354,12 @@ class Pipeline:
             return ALL if keep else ()
         if self.device != "cpu":
             return DRAWING if (gpu := find_gpu()[0]) and gpu.integrated else PICTURE
-        return DRAWING if fits(self.bundle, DRAWING, partial(self._loading, lean=False)) else ()
+        return DRAWING if fits(self.bundle, DRAWING, partial(self._loading(), lean=False)) else ()
 
-    def _loading(self, name, weights, lean=True):
-        """Return bytes at the peak of loading a graph whose weights have `weights` bytes in float32; see memory.Predictor."""
-        hot = name in HOT_GRAPHS
-        return self._engine_class.loading(weights, hot, self.precision if hot else "full", lean)
+    def _loading(self):
+        """Return the function `loading` of memory.Predictor. It does not refer to this object, which ends with its last reference."""
+        engine, hot = self._engine_class, {graph: self.precision for graph in HOT_GRAPHS}
+        return lambda name, weights, lean=True: engine.loading(weights, name in hot, hot.get(name, "full"), lean)
 
     def _load(self, name):
         if self._compiled and name in self._compiled:

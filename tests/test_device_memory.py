@@ -1,5 +1,6 @@
 """`max_memory` on a GPU: what engines, scratch memory and tensors take is counted, and refused before it is allocated."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -70,6 +71,22 @@ def test_what_is_used_is_enough_and_less_is_refused(compiled, driver, gpu, reque
                                               r"got 0 MiB$"):
             pictures(pipe)
         assert pipe._compiled._scratch.device.used <= limit
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_pipeline_gives_everything_back_with_its_last_reference(compiled, driver, gpu, steps, keep):
+    """Without Python's collector, which knows nothing of the GPU's memory and comes late."""
+    path, backend = compiled
+    gpu(backend)
+    gc.disable()
+    try:
+        pipe = Pipeline.from_bundle(path, engine=backend, threads=1, keep=keep)
+        pictures(pipe)
+        assert driver.counts().live > 0
+        del pipe
+        assert driver.counts().live == 0
+    finally:
+        gc.enable()
 
 
 def test_more_pictures_and_kept_engines_need_more(compiled, gpu, steps, peak):

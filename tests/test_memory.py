@@ -112,6 +112,21 @@ def test_a_graph_ends_with_its_last_reference(tiny, engine, monkeypatch):
         gc.enable()
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_pipeline_ends_with_its_last_reference(tiny, engine):
+    """... and all that it keeps loaded with it: another bundle is not opened beside this one."""
+    pytest.importorskip(engine)
+    gc.disable()
+    try:
+        pipe = Pipeline.from_bundle(tiny, engine=engine, threads=1, keep=True)
+        images(pipe, pipe.enroll(drawn_face(256)))
+        left = [weakref.ref(thing) for thing in (pipe, *pipe._engines.values())]
+        del pipe
+        assert len(left) > 6 and not any(thing() for thing in left)
+    finally:
+        gc.enable()
+
+
 def test_unet_and_decoder_stay_loaded(tiny, monkeypatch):
     """By itself a pipeline never holds all graphs: those of a person and a prompt are let go when they have done their work."""
     pipe, loads, most = Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1), [], []
