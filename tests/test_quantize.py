@@ -1,5 +1,7 @@
 """Bundles with a UNet in int8: what they hold, how far they are from float, and what they leave as it is."""
 
+import contextlib
+import io
 import shutil
 from unittest import mock
 
@@ -23,6 +25,7 @@ from pidiff.model import load_model
 from pidiff.runtime import Pipeline
 from pidiff.runtime.bundle import Bundle
 from pidiff.runtime.identity import Identity
+from pidiff.runtime.preflight import ENGINE_GRAPHS
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -169,11 +172,31 @@ def test_an_export_that_is_stopped_leaves_nothing(float_bundle, same_graphs, tmp
     assert "nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def standard(tmp_path_factory):
+    """Of plain operators, its graphs traced."""
+    out, said = tmp_path_factory.mktemp("standard") / "out", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main([str(shared("residual", tmp_path_factory)), str(out), "--int8", "--attention", "standard", "--report", "full"]) == 0
+    assert "unet keeps in float32" in said.getvalue()
+    return Bundle.open(out)
+
+
 @pytest.mark.slow
-def test_whole_export_in_the_standard_form(tmp_path, tmp_path_factory, capsys):
-    """Graphs traced, and a report with a picture of each engine: PyTorch's is drawn before its weights are dropped."""
-    out = tmp_path / "out"
-    assert main([str(shared("residual", tmp_path_factory)), str(out), "--int8", "--attention", "standard", "--report", "full"]) == 0
-    assert "unet keeps in float32" in capsys.readouterr().out
-    assert Bundle.open(out).json("report.json")["picture"]["figures"]["onnxruntime"]["psnr_db"] > 15
-    assert Pipeline.from_bundle(out, "onnxruntime", threads=1).generate(None, "a person", num_inference_steps=2, seed=1).images
+def test_whole_export_in_the_standard_form(standard):
+    """... with a report and a picture of each engine: PyTorch's is drawn before its weights are dropped."""
+    assert standard.json("report.json")["picture"]["figures"]["onnxruntime"]["psnr_db"] > 15
+    assert Pipeline(standard, "onnxruntime", threads=1).generate(None, "a person", num_inference_steps=2, seed=1).images
+
+
+@pytest.mark.slow
+def test_tensorrt_takes_its_layers_in_int8(standard):
+    """TensorRT-RTX builds without a GPU. Its engine holds the weights of every int8 layer, a convolution's with the channels last."""
+    pytest.importorskip("tensorrt_rtx")
+    assert main(["--into", str(standard.path), "--engine", "tensorrt-rtx", "--target", "sm86,sm89,sm120", "--quiet"]) == 0
+    bundle = Bundle.open(standard.path)
+    (engines,) = bundle.manifest.engines.values()
+    assert list(engines.graphs) == list(ENGINE_GRAPHS)
+    built, weights = bytes(bundle.engine(engines.id, "unet")), load_file(bundle.path / INT8_FILE)
+    rows = {k: v if v.ndim == 2 else np.moveaxis(v, 1, -1) for k, v in weights.items() if k.endswith(".weight")}
+    assert len(rows) > 20 and not [k for k, v in rows.items() if any(np.ascontiguousarray(row).tobytes() not in built for row in v)]
