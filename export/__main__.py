@@ -27,6 +27,7 @@ the graphs point into. Every graph is run in ONNX Runtime and compared with PyTo
 
   pidiff-export mini out/mini-fp16 --fp16                       the shipped model in half precision
   pidiff-export mini out/mini-int8 --int8                       its UNet in int8, as far as that changes little
+  pidiff-export mini out/mini-rtx8 --int8 --fp16 --engine tensorrt-rtx          the same for RTX cards, in float16 beside int8
   pidiff-export mini out/mini-plain --attention standard        without custom nodes, for any ONNX engine
   pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
   pidiff-export sd15/ out/ip --adapter ip-adapter_sd15.safetensors --image-encoder image_encoder/ --fp16
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp16", action="store_true", help="store and compute in float16 (default: compute in float32)")
     parser.add_argument("--int8", action="store_true",
                         help="compute the UNet in int8, but for layers in which that changes too much; ranges and layers are measured on "
-                             "pictures that the exporter draws. Not with --fp16. What it gains: README")
+                             "pictures that the exporter draws. With --fp16 the rest is in float16, for GPUs. What it gains: README")
     parser.add_argument("--attention", choices=("fused", "standard"),
                         help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain "
                              "ONNX (implied by --engine tensorrt-rtx and tensorrt; tensorrt takes fused too where this pidiff has its plug-in)")

@@ -44,13 +44,14 @@ FACE_LICENCE = "LICENSE-facenet-pytorch"
 _UNET, _VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 STEPS = 13          # graphs to write and verify, and a picture, for a progress bar; see `Report`
 INT8_STEPS = 4      # more of them
+_INT8 = {"fp32": "int8", "fp16": "int8-fp16"}       # the manifest's word by what is computed in beside int8
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """form: how attention is written. fp16: store and compute in float16. int8: compute the UNet in int8. sampling: defaults stored for the runtime
+    """form: how attention is written. fp16: store and compute in float16. int8: compute layers of the UNet in int8. sampling: defaults stored for the runtime
     (solver, num_inference_steps, guidance_scale, use_karras_sigmas). outer: up layers that a cached step runs (pidiff.caching); 0
     writes no graph for it. report: full, short, none, or auto (report.py). secret: key to sign the bundle with."""
 
@@ -70,8 +71,6 @@ def export_bundle(source: Source, out: Path, options: ExportOptions = ExportOpti
     `report` is called with the name of every graph when it has been verified, and before a picture is drawn. Raises ExportError, CheckpointError or
     BundleError in one sentence; whatever happens, `out` is either whole or not there.
     """
-    if options.int8 and options.fp16:
-        raise ExportError("int8 must be False with fp16, whose layers are in float16, got True")
     if options.int8 and options.form.opset != 18:
         # ONNX Runtime 1.32 makes a graph of opset 23 with a Transpose behind a layer into one that it cannot run.
         raise ExportError(f"opset must be 18 with int8, got {options.form.opset}")
@@ -96,7 +95,7 @@ class _Export:
         self.unet_cases: dict[str, Case] = {}
         self.int8: Calibration | None = None
         self.old = _manifest_of(source.folder)
-        if self.old is not None and self.old.precision == "int8":
+        if self.old is not None and self.old.precision.startswith("int8"):
             raise ExportError(f"MODEL must hold float weights, got the int8 bundle {source.folder}: export what it was made of")
 
     def run(self, writer: BundleWriter):
@@ -132,11 +131,11 @@ class _Export:
     def _fields(self, model: dict) -> dict:
         """The manifest's, as far as the bundle has been written."""
         kept = {n: r.islands for n, r in self.ranges.items() if r.islands}
-        if self.int8 and self.int8.kept:
+        if self.int8 and self.int8.kept and not self.options.fp16:
             kept["unet"] = self.int8.kept
         return {
             "name": self.options.name or (self.old.name if self.old else self.source.name), "family": "sd1",
-            "precision": "int8" if self.int8 else self.precision, "attention": self.options.form.attention, "opset": self.options.form.opset,
+            "precision": _INT8[self.precision] if self.int8 else self.precision, "attention": self.options.form.attention, "opset": self.options.form.opset,
             "graphs": self.graphs, "model": model,
             "scheduler": self.options.sampling or (self.old.scheduler if self.old else {}), "sources": self._sources(),
             "licences": self._licences(), "tools": _tools(), "parity": {n: p.to_dict() for n, p in self.parity.items()},
@@ -148,7 +147,7 @@ class _Export:
         average = self.sizes.samples["latent_avg"].numpy()
         self.int8 = calibrate(Bundle(self.root, manifest), average, _UNET, self.report)
         for name in self.unet_cases:
-            write_quantized(self.root / self.graphs[name].file, self.root, _UNET, self.int8.ranges)
+            write_quantized(self.root / self.graphs[name].file, self.root, _UNET, self.options.fp16, self.int8.ranges)
         self._verify(list(self.unet_cases.items()), "int8")
 
     def _report(self, manifest) -> None:

@@ -3,7 +3,7 @@
 The bundle's pipeline draws pictures in ONNX Runtime, and what its UNet is given at several noise levels is kept. On that,
 the largest number in and out of every layer sets its scales. Then each layer alone is switched to int8, and what this
 changes in the UNet's result ranks the layers; the fewest are kept in float32, the worst first, with which all others
-together change it by no more than `BOUND`.
+together change it by no more than `BOUND`. In a float16 bundle they are kept in float16, and its float32 islands are left as they are.
 """
 
 from collections.abc import Callable
@@ -35,16 +35,17 @@ Inputs = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Calibration:
-    """ranges: layer -> largest |x| in and out of it, of the layers in int8. kept: layer -> why it stays in float32. error: of the
-    UNet's result, relative, root mean square over `calls` calls."""
+    """ranges: layer -> largest |x| in and out of it, of the layers in int8. kept: layer -> why it stays in `wide`, float32 or float16. error:
+    of the UNet's result, relative, root mean square over `calls` calls."""
 
     ranges: dict[str, tuple[float, float]]
     kept: dict[str, str]
     error: float
     calls: int
+    wide: str = "float32"
 
     def to_dict(self) -> dict:
-        return {"int8_layers": len(self.ranges), "kept_in_float32": self.kept, "relative_error": self.error, "bound": BOUND,
+        return {"int8_layers": len(self.ranges), f"kept_in_{self.wide}": self.kept, "relative_error": self.error, "bound": BOUND,
                 "calls": self.calls}
 
 
@@ -78,21 +79,21 @@ class _RecordingPipeline(Pipeline):
 def calibrate(bundle: Bundle, average: np.ndarray, weights: str, report: Callable[[str], None]) -> Calibration:
     """Draw, measure and choose, and store the int8 weights of the chosen layers in the bundle.
 
-    bundle: a float32 one whose UNet's weights lie in the file `weights`. average: the W+ code [L, 512] that people are near.
+    bundle: a float32 or float16 one whose UNet's weights lie in the file `weights`. average: the W+ code [L, 512] that people are near.
     """
     report("int8 ranges")
-    calls, path, root = record(bundle, average), bundle.path / bundle.graph("unet").file, bundle.path
-    ranges = _ranges(bundle, path, weights, calls)
+    calls, path, root, half = record(bundle, average), bundle.path / bundle.graph("unet").file, bundle.path, bundle.manifest.precision == "fp16"
+    layers = find_layers(model := ir.load(path), root, weights, half)
+    ranges = _ranges(bundle, model, layers, calls)
     report("int8 layers")
-    layers = find_layers(ir.load(path), root, weights)
     store_weights(root, layers.values())
-    with _Switched(bundle, path, weights, ranges) as switched:
+    with _Switched(bundle, path, weights, half, ranges) as switched:
         kept, error = choose(switched.error, list(layers), _smaller(bundle, calls), RANKING_LARGE if _is_large(bundle) else RANKING)
     layers = {name: layer for name, layer in layers.items() if name not in kept}
     if not layers:
         raise ExportError(f"int8 must change the UNet's result by at most {BOUND:g}, got more with any of its layers")
     store_weights(root, layers.values())
-    return Calibration({name: ranges[name] for name in layers}, kept, error, len(calls))
+    return Calibration({name: ranges[name] for name in layers}, kept, error, len(calls), "float16" if half else "float32")
 
 
 def record(bundle: Bundle, average: np.ndarray) -> list[Inputs]:
@@ -119,9 +120,8 @@ def _prompt(index: int, rng: np.random.Generator) -> str:
     return caption(Factors(STYLES[index % len(STYLES)], *(str(rng.choice(c)) for c in (backgrounds, EXPRESSIONS, POSES))), rng)
 
 
-def _ranges(bundle: Bundle, path: Path, weights: str, calls: list[Inputs]) -> dict[str, tuple[float, float]]:
-    model = ir.load(path)
-    names = with_largest(model, find_layers(model, bundle.path, weights))
+def _ranges(bundle: Bundle, model: ir.Model, layers: dict[str, Layer], calls: list[Inputs]) -> dict[str, tuple[float, float]]:
+    names = with_largest(model, layers)
     with _Session(bundle, model) as session:
         wanted = sorted({name for pair in names.values() for name in pair})
         found = np.max([session.run(wanted, call) for call in calls], axis=0)
@@ -178,9 +178,9 @@ class _Session:
 class _Switched(_Session):
     """The UNet with every layer in both forms."""
 
-    def __init__(self, bundle: Bundle, path: Path, weights: str, ranges: dict[str, tuple[float, float]]):
+    def __init__(self, bundle: Bundle, path: Path, weights: str, half: bool, ranges: dict[str, tuple[float, float]]):
         model = ir.load(path)
-        layers: dict[str, Layer] = find_layers(model, bundle.path, weights)
+        layers: dict[str, Layer] = find_layers(model, bundle.path, weights, half)
         quantize(model, bundle.path, layers, ranges, switches=True)
         super().__init__(bundle, model)
         self.off, self.expected = np.zeros(len(layers), bool), {}
@@ -197,4 +197,4 @@ class _Switched(_Session):
         return (wrong / max(right, 1e-30)) ** 0.5
 
     def _output(self, on: np.ndarray, call: Inputs) -> np.ndarray:
-        return self.run(["model_output"], {**call, SWITCH: on})[0]
+        return self.run(["model_output"], {**call, SWITCH: on})[0].astype(np.float32)

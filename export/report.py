@@ -64,9 +64,9 @@ def make_report(manifest: Manifest, ranges: dict[str, Ranges], engines: dict[str
     """Everything that was measured, as JSON."""
     graphs = {}
     for graph, parity in manifest.parity.items():
-        half = manifest.precision == "fp16" and graph not in _FLOAT32
+        half = manifest.precision.endswith("fp16") and graph not in _FLOAT32
         quantized = int8 is not None and graph.startswith("unet")
-        found = {"onnxruntime": {**parity, "computed_in": _WIDENED if half else _INT8 if quantized else "float32"}}
+        found = {"onnxruntime": {**parity, "computed_in": (_INT8 if quantized else "") + (_WIDENED if half else "float32")}}
         graphs[graph] = {**found, **{e: g[graph] for e, g in engines.items() if graph in g}}
     return {
         "version": VERSION, "bundle": manifest.name, "precision": manifest.precision, "attention": manifest.attention,
@@ -79,7 +79,7 @@ def make_report(manifest: Manifest, ranges: dict[str, Ranges], engines: dict[str
 
 
 _WIDENED = "float16, widened where ONNX Runtime has no kernel for it"
-_INT8 = "int8 where quantised, else float32"
+_INT8 = "int8 where quantised, else "
 _FLOAT32 = ("text_conditioner", "id_conditioner", "time_conditioner", "face_matting")     # in any bundle; see graphs.py
 
 
@@ -134,7 +134,8 @@ def _float16(report: dict) -> str:
 def _int8(int8: dict | None) -> str:
     if int8 is None:
         return "<p>Nothing is computed in int8.</p>"
-    rows = list(int8["kept_in_float32"].items())
-    return (f"<p>{int8['int8_layers']} layers of the UNet are computed in int8, {len(rows)} are kept in float32. Together they change its "
+    wide = next(w for w in ("float32", "float16") if f"kept_in_{w}" in int8)
+    rows = list(int8[f"kept_in_{wide}"].items())
+    return (f"<p>{int8['int8_layers']} layers of the UNet are computed in int8, {len(rows)} are kept in {wide}. Together they change its "
             f"result by {100 * int8['relative_error']:.2f} % (root mean square over {int8['calls']} calls of the sampling loop), at most "
-            f"{100 * int8['bound']:g} % by choice.</p>{table(('kept in float32', 'why'), rows, 2)}")
+            f"{100 * int8['bound']:g} % by choice.</p>{table((f'kept in {wide}', 'why'), rows, 2)}")

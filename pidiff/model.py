@@ -142,7 +142,7 @@ def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Pat
     if not (folder / "unet").is_dir():
         raise CheckpointError(f"model must be a folder with unet/, vae/, text_encoder/ and tokenizer/, got {folder}")
     manifest = folder / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("precision") == "int8":
+    if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("precision") in ("int8", "int8-fp16"):
         raise CheckpointError(f"model must hold float weights, got the int8 bundle {folder}")
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).eval()
     text_encoder, tokenizer = _load_text(folder)

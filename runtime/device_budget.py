@@ -10,7 +10,7 @@ from .memory import MIB, STAGE_OF, STAGES, Predictor, available_memory
 
 LOOP_PART = 8           # one part in so many is for the tensors of the step loop around ONNX Runtime
 # Bytes of a weight as it is computed with, of four in float32. In int8 some layers are wider: this is a lower bound.
-_WIDTH = {"fp32": 4, "fp16": 2, "int8": 1}
+_WIDTH = {"fp32": 4, "fp16": 2, "int8": 1, "int8-fp16": 1}
 
 
 class DeviceBudget:

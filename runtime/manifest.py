@@ -121,7 +121,7 @@ class Manifest:
     (optional keys `solver`, `num_inference_steps`, `guidance_scale`, `use_karras_sigmas`); the noise schedule itself is
     schedule.json. sources: checkpoint file -> sha256. parity: graph -> {max_abs, mean_abs, max_rel} against PyTorch.
     float32_layers: graph -> {module: why it is computed in float32 inside a float16 or int8 graph}; precision int8 is that of the
-    UNet, all else is computed in float32. engines: set name -> EngineSet
+    UNet, all else is computed in float32, with int8-fp16 in float16. engines: set name -> EngineSet
     (engine_specs.py). An older manifest is upgraded when it is read.
     """
 
@@ -154,7 +154,7 @@ class Manifest:
         graphs = {name: _graph(name, g, files) for name, g in at.mapping("graphs").items()}
         manifest = cls(
             name=at.text("name"), family=at.one_of("family", ("sd1",)),
-            precision=at.one_of("precision", ("fp32", "fp16", "int8")), attention=at.one_of("attention", ("fused", "standard")),
+            precision=at.one_of("precision", ("fp32", "fp16", "int8", "int8-fp16")), attention=at.one_of("attention", ("fused", "standard")),
             opset=at.integer("opset"), files=files, model=_model(at.mapping("model")),
             graphs=graphs, engines=parse_engines(at.mapping("engines"), graphs, files, version) if version > 1 else {},
             scheduler=_scheduler(at.mapping("scheduler")), sources=_texts("sources", at.mapping("sources"), SHA256),

@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("diffusers")
 
 from safetensors.numpy import load_file
-from tiny_model import shared
+from tiny_model import shared, write_overflowing
 
 from pidiff.checkpoint import CheckpointError
 from pidiff.export import bundle as exporter
@@ -57,6 +57,25 @@ def int8_bundle(tmp_path_factory):
     with mock.patch.object(exporter._Export, "_write", copy_of(Bundle.open(source))):
         assert main([str(source), str(out), "--int8", "--quiet", "--report", "short"]) == 0
     return Bundle.open(out)
+
+
+@pytest.fixture(scope="module")
+def standard(tmp_path_factory):
+    """Of plain operators, its graphs traced, with a picture of each engine."""
+    out, said = tmp_path_factory.mktemp("standard") / "out", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main([str(shared("residual", tmp_path_factory)), str(out), "--int8", "--attention", "standard", "--report", "full"]) == 0
+    assert "unet keeps in float32" in said.getvalue()
+    return Bundle.open(out)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """The same in float16, of a model with layers that overflow it: (model folder, bundle)"""
+    folder = tmp_path_factory.mktemp("half")
+    model = write_overflowing(folder / "model")
+    assert main([str(model), str(folder / "out"), "--int8", "--fp16", "--attention", "standard", "--quiet", "--report", "full"]) == 0
+    return model, Bundle.open(folder / "out")
 
 
 def average(bundle):
@@ -144,7 +163,6 @@ def test_the_fewest_layers_are_kept_and_the_worst_first():
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--fp16"], "int8 must be False with fp16, whose layers are in float16, got True"),
     (["--opset", "23", "--attention", "standard"], "opset must be 18 with int8, got 23"),
 ])
 def test_what_does_not_go_together_is_one_sentence(options, said, tmp_path, tmp_path_factory, capsys):
@@ -172,29 +190,54 @@ def test_an_export_that_is_stopped_leaves_nothing(float_bundle, same_graphs, tmp
     assert "nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def standard(tmp_path_factory):
-    """Of plain operators, its graphs traced."""
-    out, said = tmp_path_factory.mktemp("standard") / "out", io.StringIO()
-    with contextlib.redirect_stdout(said):
-        assert main([str(shared("residual", tmp_path_factory)), str(out), "--int8", "--attention", "standard", "--report", "full"]) == 0
-    assert "unet keeps in float32" in said.getvalue()
-    return Bundle.open(out)
-
-
 @pytest.mark.slow
 def test_whole_export_in_the_standard_form(standard):
-    """... with a report and a picture of each engine: PyTorch's is drawn before its weights are dropped."""
+    """PyTorch's picture is drawn before its weights are dropped."""
     assert standard.json("report.json")["picture"]["figures"]["onnxruntime"]["psnr_db"] > 15
     assert Pipeline(standard, "onnxruntime", threads=1).generate(None, "a person", num_inference_steps=2, seed=1).images
 
 
 @pytest.mark.slow
-def test_tensorrt_takes_its_layers_in_int8(standard):
+def test_beside_float16_scales_are_in_float16_and_islands_stay_in_float32(half):
+    """So that nothing is cast around a layer."""
+    model, bundle = half
+    m, report = bundle.manifest, bundle.json("report.json")
+    assert m.precision == "int8-fp16" and set(m.float32_layers["unet"]) == {"unet.up_blocks.1.attentions.1", "unet.conv_norm_out"}
+    assert report["graphs"]["unet"]["onnxruntime"]["computed_in"].startswith("int8 where quantised, else float16")
+    assert report["int8"]["relative_error"] <= BOUND and report["picture"]["figures"]["onnxruntime"]["psnr_db"] > 15
+    stored, before = load_file(bundle.path / INT8_FILE), load_file(model / UNET_FILE)
+    layers = {k.removesuffix(".weight") for k in stored if k.endswith(".weight")}
+    kept = report["int8"]["kept_in_float16"]
+    assert len(layers) > 20 and not layers & set(kept) and not [n for n in (*layers, *kept) if n.startswith("up_blocks.1.attentions.1.")]
+    for name in layers:
+        weight, scale, value = (x.astype(np.float32) for x in (stored[f"{name}.weight"], stored[f"{name}.scale"], before[f"{name}.weight"]))
+        axis = int(weight.ndim == 2)
+        scale = np.expand_dims(scale, [i for i in range(weight.ndim) if i != axis])
+        assert np.all(np.abs(weight * scale - (value.T if axis else value)) <= 0.57 * scale), name      # a scale may have been rounded, 127 times
+    graph = onnx.load(bundle.path / "unet.onnx", load_external_data=False)
+    kinds = {t.name: t.data_type for t in graph.graph.initializer}
+    assert {kinds[n.input[1]] for n in graph.graph.node if "Quantize" in n.op_type} == {onnx.TensorProto.FLOAT16}
+    assert [o.version for o in graph.opset_import if not o.domain] == [19]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_picture_beside_float16(half, engine):
+    pytest.importorskip(engine)
+    bundle = half[1]
+    draw = lambda strength, seed: Pipeline(bundle, engine, threads=1).generate(  # noqa: E731
+        somebody(bundle, seed), "a person", num_inference_steps=3, seed=3, id_scale=strength).images[0]
+    assert np.array_equal(draw(0.0, 1), draw(0.0, 2)) and not np.array_equal(draw(1.0, 1), draw(1.0, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rest", ["float32", "float16"])
+def test_tensorrt_takes_its_layers_in_int8(rest, request):
     """TensorRT-RTX builds without a GPU. Its engine holds the weights of every int8 layer, a convolution's with the channels last."""
     pytest.importorskip("tensorrt_rtx")
-    assert main(["--into", str(standard.path), "--engine", "tensorrt-rtx", "--target", "sm86,sm89,sm120", "--quiet"]) == 0
-    bundle = Bundle.open(standard.path)
+    path = (request.getfixturevalue("standard") if rest == "float32" else request.getfixturevalue("half")[1]).path
+    assert main(["--into", str(path), "--engine", "tensorrt-rtx", "--target", "sm86,sm89,sm120", "--quiet"]) == 0
+    bundle = Bundle.open(path)
     (engines,) = bundle.manifest.engines.values()
     assert list(engines.graphs) == list(ENGINE_GRAPHS)
     built, weights = bytes(bundle.engine(engines.id, "unet")), load_file(bundle.path / INT8_FILE)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("diffusers")
 
-from tiny_model import make_model, shared
+from tiny_model import shared, write_overflowing
 from torch import nn
 
 from pidiff.export import report as reports
@@ -21,7 +21,6 @@ from pidiff.export.errors import ExportError
 from pidiff.export.picture import compare
 from pidiff.export.ranges import HALF_MAX, float32_islands, largest_of, measure
 from pidiff.export.source import Source
-from pidiff.model import save_model
 from pidiff.runtime.bundle import REPORTS, Bundle
 
 
@@ -87,14 +86,9 @@ def test_a_result_that_does_not_fit_is_refused_and_a_mask_is_no_number():
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory):
-    """A bundle in float16 of a model whose attention in the middle of the UNet overflows, and its report in full."""
+    """A bundle in float16 of a model that overflows it, and its report in full."""
     folder = tmp_path_factory.mktemp("overflowing")
-    model = make_model(folder / "tokens")
-    with torch.no_grad():
-        model.unet.up_blocks[1].attentions[1].proj_out.weight.mul_(6e4)
-        model.unet.conv_norm_out.weight.mul_(0.5)
-    save_model(model, folder / "model", torch.float16)
-    export_bundle(Source(folder / "model"), folder / "bundle", ExportOptions(fp16=True, report="full"))
+    export_bundle(Source(write_overflowing(folder / "model")), folder / "bundle", ExportOptions(fp16=True, report="full"))
     return folder / "bundle"
 
 

@@ -76,6 +76,16 @@ def write_model(folder: Path, mode: str = "parallel") -> Path:
     return folder
 
 
+def write_overflowing(folder: Path) -> Path:
+    """Write the folder of a model whose attention in the middle of the UNet overflows float16, and return it."""
+    model = make_model(folder)
+    with torch.no_grad():
+        model.unet.up_blocks[1].attentions[1].proj_out.weight.mul_(6e4)
+        model.unet.conv_norm_out.weight.mul_(0.5)
+    save_model(model, folder, torch.float16)
+    return folder
+
+
 _made: dict[str, Path] = {}
 
 
