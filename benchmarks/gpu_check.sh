@@ -174,25 +174,34 @@ else
   cat "$out/gpu_picture.md"
 fi
 
+engine_picture() {  # engine, how the bundle is exported
+  local name="$1${2:+ $2}" bundle="${PIDIFF_BUNDLE:-$work/$1${2// /}}" log="$work/$1${2// /}.log"
+  section "$name"
+  if [ -z "${PIDIFF_BUNDLE:-}" ]; then
+    rm -rf "$bundle"
+    # shellcheck disable=SC2086
+    within 300 "$python" -m pidiff.export mini "$bundle" $2 --quiet --report none --engine "$1" --target host > "$log" 2>&1
+  fi
+  if [ -d "$bundle" ]; then
+    "$python" -m pidiff.export --check "$bundle" || echo "(exit status $? of --check)"
+    picture "$bundle" "$1" "$name"
+  elif grep -q "must be host or among" "$log"; then
+    skip "$name: $(tail -1 "$log")"
+  else
+    fail "engines of $name: $(tail -1 "$log")"
+  fi
+}
+
 for engine in tensorrt-rtx tensorrt; do
-  bundle="${PIDIFF_BUNDLE:-}"
   if [ -n "$(missing "${engine//-/_}")$runtime_lacks" ] || [ -z "$built" ]; then
     skip "$engine: needs a build and ${engine//-/_} $runtime_lacks"
-  elif [ -z "$bundle" ] && [ -n "$export_lacks" ]; then
+  elif [ -n "${PIDIFF_BUNDLE:-}" ]; then
+    engine_picture "$engine" ""
+  elif [ -n "$export_lacks" ]; then
     skip "$engine: pidiff-export needs $export_lacks (or give PIDIFF_BUNDLE)"
   else
-    section "$engine"
-    rm -rf "${work:?}/$engine"
-    [ -n "$bundle" ] || within 300 "$python" -m pidiff.export mini "$work/$engine" --fp16 --quiet --engine "$engine" --target host > "$work/$engine.log" 2>&1
-    bundle="${bundle:-$work/$engine}"
-    if [ -d "$bundle" ]; then
-      "$python" -m pidiff.export --check "$bundle" || echo "(exit status $? of --check)"
-      picture "$bundle" "$engine" "$engine"
-    elif grep -q "must be host or among" "$work/$engine.log"; then
-      skip "$engine: $(tail -1 "$work/$engine.log")"
-    else
-      fail "engines of $engine: $(tail -1 "$work/$engine.log")"
-    fi
+    engine_picture "$engine" --fp16
+    engine_picture "$engine" "--fp16 --int8"
   fi
 done
 
