@@ -74,11 +74,8 @@ def sized(unet):
                  samples={"prompt_embeds": torch.randn(3, 12, 16), "latent_avg": torch.zeros(6, 512)})
 
 
-QUICK = ids.index("make_unet-2")
-SLOW = [pytest.param(*cut, marks=pytest.mark.slow) for i, cut in enumerate(CUTS) if i != QUICK]
-
-
-@pytest.mark.parametrize("make, outer", [CUTS[QUICK], *SLOW], ids=[ids[QUICK], *(name for name in ids if name != ids[QUICK])])
+@pytest.mark.slow
+@pytest.mark.parametrize("make, outer", CUTS, ids=ids)
 def test_the_graph_agrees_with_pytorch(tmp_path, make, outer):
     torch.manual_seed(0)
     unet = make()

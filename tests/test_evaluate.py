@@ -136,7 +136,7 @@ def two_people(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("source", ["bundle", "checkpoint"])
+@pytest.mark.parametrize("source", ["bundle", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
     pytest.importorskip("matplotlib")
     if source == "checkpoint":

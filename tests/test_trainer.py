@@ -150,7 +150,7 @@ t.run(loss)
 """
 
 
-@pytest.mark.parametrize("when", ["computing", "writing"])
+@pytest.mark.parametrize("when", [pytest.param("computing", marks=pytest.mark.slow), "writing"])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(when, tmp_path):
     import signal
     import subprocess

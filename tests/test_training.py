@@ -115,7 +115,7 @@ def test_a_folder_without_state_is_gone_on_with(trained, people_folder, tmp_path
     assert 0 < (after - before).abs().max() < 0.01 * before.abs().max()
 
 
-@pytest.mark.parametrize("stage, keep, move", [("base", ["--keep-mapper"], []), ("adapter", [], ["--no-keep-mapper"])])
+@pytest.mark.parametrize("stage, keep, move", [pytest.param("base", ["--keep-mapper"], [], marks=pytest.mark.slow), ("adapter", [], ["--no-keep-mapper"])])
 def test_a_bundle_copy_keeps_its_mapper_where_asked(stage, keep, move, trained, people_folder, tmp_path):
     """Without MODEL/mapper, as in a bundle, the adapter's is frozen by --keep-mapper, the adapter stage's default; else it is trained on."""
     from safetensors.torch import load_file
