@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
+from .to_onnx import IR_TYPES
 from .weights import stored_tensors, write_safetensors
 
 INT8_FILE = "unet/int8.safetensors"
@@ -156,9 +157,9 @@ def _take_place(graph: ir.Graph, old: ir.Value, new: ir.Value, but: list[ir.Node
 def _weight(graph: ir.Graph, root: Path, layer: Layer, stored: dict) -> ir.Node:
     """The node that gives a layer its int8 weight as float."""
     values = []
-    for key, dtype in ((f"{layer.name}.weight", ir.DataType.INT8), (f"{layer.name}.scale", ir.DataType.FLOAT16 if layer.half else ir.DataType.FLOAT)):
+    for key in (f"{layer.name}.weight", f"{layer.name}.scale"):
         entry = stored[key]
-        tensor = ir.ExternalTensor(entry.file, entry.offset, entry.length, dtype, shape=ir.Shape(entry.shape), name=f"{key}.int8",
+        tensor = ir.ExternalTensor(entry.file, entry.offset, entry.length, IR_TYPES[entry.dtype], shape=ir.Shape(entry.shape), name=f"{key}.int8",
                                    base_dir=root)
         values.append(_initializer(graph, tensor))
     return _named(ir.node("DequantizeLinear", values, {"axis": layer.axis}), f"{layer.name}.weight.float")

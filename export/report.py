@@ -134,8 +134,8 @@ def _float16(report: dict) -> str:
 def _int8(int8: dict | None) -> str:
     if int8 is None:
         return "<p>Nothing is computed in int8.</p>"
-    wide = next(w for w in ("float32", "float16") if f"kept_in_{w}" in int8)
-    rows = list(int8[f"kept_in_{wide}"].items())
+    key = next(k for k in int8 if k.startswith("kept_in_"))
+    rows, wide = list(int8[key].items()), key.removeprefix("kept_in_")
     return (f"<p>{int8['int8_layers']} layers of the UNet are computed in int8, {len(rows)} are kept in {wide}. Together they change its "
             f"result by {100 * int8['relative_error']:.2f} % (root mean square over {int8['calls']} calls of the sampling loop), at most "
             f"{100 * int8['bound']:g} % by choice.</p>{table((f'kept in {wide}', 'why'), rows, 2)}")

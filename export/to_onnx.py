@@ -16,8 +16,8 @@ from .graphs import Graph, norms_in_float32
 from .weights import ExportError, StoredTensor, WeightIndex, stored_tensors, write_safetensors
 
 MAX_INLINE_BYTES = 1 << 20           # constants that are no checkpoint tensor: inside the .onnx file up to this size
-_IR_TYPES = {torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT, torch.int64: ir.DataType.INT64,
-             torch.int32: ir.DataType.INT32, torch.bool: ir.DataType.BOOL}
+IR_TYPES = {torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT, torch.int64: ir.DataType.INT64,
+            torch.int32: ir.DataType.INT32, torch.int8: ir.DataType.INT8, torch.bool: ir.DataType.BOOL}
 
 
 def write_graph(graph: Graph, example: dict[str, torch.Tensor], opset: int, weights: WeightIndex) -> GraphSpec:
@@ -112,7 +112,7 @@ def _point_to_stored(graph: ir.Graph, weights: WeightIndex, stored: dict[str, St
         if entry is None:
             continue
         _check_same(value, entry, weights.root, name)
-        tensor = ir.ExternalTensor(entry.file, entry.offset, entry.length, _IR_TYPES[entry.dtype],
+        tensor = ir.ExternalTensor(entry.file, entry.offset, entry.length, IR_TYPES[entry.dtype],
                                    shape=ir.Shape(entry.shape), name=value.name, base_dir=weights.root)
         if tensor.dtype == value.dtype:
             value.const_value = tensor
@@ -143,7 +143,7 @@ def _move_large_constants(model: ir.Model, root: Path, name: str) -> None:
     file, large = f"extra/{name}.safetensors", {v.name: v for v in own if v.const_value.nbytes > 4096}
     write_safetensors(root / file, {k: torch.from_numpy(v.const_value.numpy().copy()) for k, v in large.items()}, None, name)
     for key, entry in stored_tensors(root, file).items():
-        large[key].const_value = ir.ExternalTensor(file, entry.offset, entry.length, _IR_TYPES[entry.dtype],
+        large[key].const_value = ir.ExternalTensor(file, entry.offset, entry.length, IR_TYPES[entry.dtype],
                                                    shape=ir.Shape(entry.shape), name=key, base_dir=root)
 
 

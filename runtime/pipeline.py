@@ -354,12 +354,12 @@ class Pipeline:
             return ALL if keep else ()
         if self.device != "cpu":
             return DRAWING if (gpu := find_gpu()[0]) and gpu.integrated else PICTURE
-        return DRAWING if fits(self.bundle, DRAWING, partial(self._loading(), lean=False)) else ()
+        return DRAWING if fits(self.bundle, DRAWING, self._loading(lean=False)) else ()
 
-    def _loading(self):
+    def _loading(self, lean=True):
         """Return the function `loading` of memory.Predictor. It does not refer to this object, which ends with its last reference."""
         engine, hot = self._engine_class, {graph: self.precision for graph in HOT_GRAPHS}
-        return lambda name, weights, lean=True: engine.loading(weights, name in hot, hot.get(name, "full"), lean)
+        return lambda name, weights: engine.loading(weights, name in hot, hot.get(name, "full"), lean)
 
     def _load(self, name):
         if self._compiled and name in self._compiled:

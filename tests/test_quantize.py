@@ -90,6 +90,14 @@ def nodes(bundle, name):
     return onnx.load(bundle.path / f"{name}.onnx", load_external_data=False).graph.node
 
 
+def rounding(name, stored, before):
+    """The largest error of a layer's int8 weight, in units of its scales."""
+    weight, scale, value = (x.astype(np.float32) for x in (stored[f"{name}.weight"], stored[f"{name}.scale"], before[f"{name}.weight"]))
+    axis = int(weight.ndim == 2)        # a MatMul takes its weight as [in, out], a Conv as [out, in, ...]
+    scale = np.expand_dims(scale, [i for i in range(weight.ndim) if i != axis])
+    return (np.abs(weight * scale - (value.T if axis else value)) / scale).max()
+
+
 def test_manifest_and_report_say_what_was_kept_and_why(int8_bundle):
     m = int8_bundle.manifest
     report = int8_bundle.json("report.json")["int8"]
@@ -108,11 +116,7 @@ def test_weights_are_stored_once_and_the_bundle_shrinks(float_bundle, int8_bundl
     assert {stored[f"{n}.weight"].dtype.name for n in layers} == {"int8"}
     assert set(before) - set(left) == {f"{n}.weight" for n in layers}
     assert all(np.array_equal(left[k], before[k]) for k in left)
-    for name in layers:
-        axis = int(stored[f"{name}.weight"].ndim == 2)      # a MatMul takes its weight as [in, out], a Conv as [out, in, ...]
-        scale = np.expand_dims(stored[f"{name}.scale"], [i for i in range(stored[f"{name}.weight"].ndim) if i != axis])
-        again, value = stored[f"{name}.weight"] * scale, before[f"{name}.weight"].astype(np.float32)
-        assert np.all(np.abs(again - (value.T if axis else value)) <= 0.51 * scale), name
+    assert all(rounding(name, stored, before) <= 0.51 for name in layers)
     size = lambda b: sum(f.size for k, f in b.manifest.files.items() if k.startswith("unet/"))
     assert size(int8_bundle) < 0.8 * size(float_bundle)
 
@@ -209,11 +213,7 @@ def test_beside_float16_scales_are_in_float16_and_islands_stay_in_float32(half):
     layers = {k.removesuffix(".weight") for k in stored if k.endswith(".weight")}
     kept = report["int8"]["kept_in_float16"]
     assert len(layers) > 20 and not layers & set(kept) and not [n for n in (*layers, *kept) if n.startswith("up_blocks.1.attentions.1.")]
-    for name in layers:
-        weight, scale, value = (x.astype(np.float32) for x in (stored[f"{name}.weight"], stored[f"{name}.scale"], before[f"{name}.weight"]))
-        axis = int(weight.ndim == 2)
-        scale = np.expand_dims(scale, [i for i in range(weight.ndim) if i != axis])
-        assert np.all(np.abs(weight * scale - (value.T if axis else value)) <= 0.57 * scale), name      # a scale may have been rounded, 127 times
+    assert all(rounding(name, stored, before) <= 0.57 for name in layers)      # a scale may have been rounded, 127 times
     graph = onnx.load(bundle.path / "unet.onnx", load_external_data=False)
     kinds = {t.name: t.data_type for t in graph.graph.initializer}
     assert {kinds[n.input[1]] for n in graph.graph.node if "Quantize" in n.op_type} == {onnx.TensorProto.FLOAT16}
