@@ -13,6 +13,7 @@ from pidiff.runtime.bundle import Bundle, shipped_bundle
 from pidiff.runtime.engine_specs import BACKENDS
 from pidiff.runtime.engines import load_engine
 from pidiff.runtime.memory import resident
+from pidiff.runtime.schedule import SOLVERS
 from pidiff.runtime.signature import load_secret_key
 
 from . import engine_commands
@@ -32,7 +33,7 @@ the graphs point into. Every graph is run in ONNX Runtime and compared with PyTo
   pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
   pidiff-export sd15/ out/ip --adapter ip-adapter_sd15.safetensors --image-encoder image_encoder/ --fp16
   pidiff-export sd15/ out/lcm --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --lora lcm-lora.safetensors \
-      --solver lcm --steps 4 --guidance-scale 1                 a model of few steps
+      --solver lcm --steps 4 --guidance-scale 1                 a model of few steps; README: which options for TCD and Hyper-SD
   pidiff-export mini out/mini-rtx --fp16 --engine tensorrt-rtx  with engines for RTX cards; no GPU is needed to build them
   pidiff-export --into out/mini-rtx --engine tensorrt-rtx --target host       more engines, or the rest of a stopped build
   pidiff-export --new-key me; pidiff-export --into out/mini-rtx --sign me.key     a bundle signed for those who have me.pub
@@ -65,16 +66,19 @@ def build_parser() -> argparse.ArgumentParser:
                         help="with MODEL.safetensors, a Stable Diffusion 1 checkpoint in one file: a folder like MODEL for all that is "
                              "not in it, configurations and tokenizer; weights of UNet, VAE and text encoder need not be there")
     parser.add_argument("--lora", metavar="FILE[:SCALE]", action="append", default=[],
-                        help="fuse a LoRA (kohya's, diffusers' or PEFT's names; LCM-LoRA too) into UNet and text encoder; may be repeated")
+                        help="fuse a LoRA (kohya's, diffusers' or PEFT's names; LCM, TCD and Hyper-SD too) into UNet and text encoder; may be repeated")
     parser.add_argument("--report", metavar="full|short|none|auto", default="auto",
                         help="what report.html in the bundle tells: full: every graph in every engine that is here, and a picture drawn "
                              "by PyTorch and by each; short: what the export measures anyway; auto (default): full, but short for "
                              "models of Stable Diffusion's size, whose picture would take minutes")
     parser.add_argument("--name", help="name of the bundle (default: the source's)")
     defaults = parser.add_argument_group("defaults stored for the runtime (default: the source bundle's, else the runtime's)")
-    defaults.add_argument("--solver", choices=("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"))
+    defaults.add_argument("--solver", choices=SOLVERS)
     defaults.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    defaults.add_argument("--guidance-scale", type=float, metavar="X")
+    defaults.add_argument("--guidance-scale", type=float, metavar="X", help="1 or 0: off")
+    defaults.add_argument("--timestep-spacing", choices=("leading", "trailing", "linspace"),
+                          help="where the timesteps of a schedule lie (default: what the model's scheduler says); trailing for Hyper-SD")
+    defaults.add_argument("--eta", type=float, metavar="X", help="with tcd: how random its steps are, 0 to 1 (default 0.3)")
     engine_commands.add_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -127,7 +131,10 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"pidiff-export needs the extra 'export' (pip install 'pidiff-edge[export]'), got no {error.name}") from error
     single = Path(args.model) if Path(args.model).suffix == ".safetensors" else None
     source = Source(_folder(args.model, args.layout), args.adapter, args.encoder, single, tuple(map(Lora.parse, args.lora)), args.image_encoder)
-    sampling = {"solver": args.solver, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    if args.eta is not None and args.solver != "tcd":
+        raise ValueError(f"--eta must be given with --solver tcd, got {f'--solver {args.solver}' if args.solver else 'no --solver'}")
+    sampling = {"solver": args.solver, "num_inference_steps": args.steps, "guidance_scale": args.guidance_scale,
+                "timestep_spacing": args.timestep_spacing, "eta": args.eta}
     options = ExportOptions(Form(args.attention or "fused", args.opset), args.fp16, args.int8, args.name,
                             {k: v for k, v in sampling.items() if v is not None}, args.cached_layers, args.report,
                             load_secret_key(args.sign) if args.sign else None)

@@ -20,7 +20,7 @@ from pidiff.config import save_config
 from pidiff.matting import FaceMatting
 from pidiff.model import Model
 from pidiff.runtime.bundle import Bundle, BundleWriter, GraphSpec, sha256_file, shipped_bundle
-from pidiff.runtime.schedule import make_schedule
+from pidiff.runtime.schedule import SAMPLING, make_schedule
 from pidiff.runtime.signature import SecretKey
 from pidiff.unet import cross_attention_layers
 
@@ -52,7 +52,7 @@ Report = Callable[[str], None]
 @dataclass(frozen=True)
 class ExportOptions:
     """form: how attention is written. fp16: store and compute in float16. int8: compute layers of the UNet in int8. sampling: defaults stored for the runtime
-    (solver, num_inference_steps, guidance_scale, use_karras_sigmas). outer: up layers that a cached step runs (pidiff.caching); 0
+    (solver, num_inference_steps, guidance_scale, use_karras_sigmas, timestep_spacing, eta). outer: up layers that a cached step runs (pidiff.caching); 0
     writes no graph for it. report: full, short, none, or auto (report.py). secret: key to sign the bundle with."""
 
     form: Form = Form()
@@ -100,7 +100,7 @@ class _Export:
 
     def run(self, writer: BundleWriter):
         torch.manual_seed(0)
-        make_schedule(self.source.config("scheduler"), "ddim", 1)        # what the runtime cannot sample is refused before the work
+        self._check_sampling()
         self._texts()
         # The UNet's configuration says which size the others are verified at.
         config = self.source.config("unet")
@@ -128,6 +128,16 @@ class _Export:
             drop_tensors(self.root, _UNET, {f"{layer}.weight" for layer in self.int8.ranges})
         return writer.commit(self.options.secret, **fields)
 
+    def _sampling(self) -> dict:
+        """Defaults for the runtime: those that were given, before the source bundle's."""
+        return {**(self.old.scheduler if self.old else {}), **self.options.sampling}
+
+    def _check_sampling(self) -> None:
+        """Refuse before the work what the runtime cannot sample."""
+        wanted = self._sampling()
+        make_schedule(self.source.config("scheduler"), wanted.get("solver", "dpmpp_2m"), wanted.get("num_inference_steps", 20),
+                      **{name: wanted.get(name) for name in SAMPLING})
+
     def _fields(self, model: dict) -> dict:
         """The manifest's, as far as the bundle has been written."""
         kept = {n: r.islands for n, r in self.ranges.items() if r.islands}
@@ -137,7 +147,7 @@ class _Export:
             "name": self.options.name or (self.old.name if self.old else self.source.name), "family": "sd1",
             "precision": _INT8[self.precision] if self.int8 else self.precision, "attention": self.options.form.attention, "opset": self.options.form.opset,
             "graphs": self.graphs, "model": model,
-            "scheduler": self.options.sampling or (self.old.scheduler if self.old else {}), "sources": self._sources(),
+            "scheduler": self._sampling(), "sources": self._sources(),
             "licences": self._licences(), "tools": _tools(), "parity": {n: p.to_dict() for n, p in self.parity.items()},
             "float32_layers": kept,
         }

@@ -25,7 +25,7 @@ from .errors import ExportError
 PROMPT, SEED = "a photo of a person", 7
 FEW_STEPS = 4                        # of models that are too slow for their usual number on a CPU
 LARGE = 100_000_000                  # parameters of such a model's UNet
-_SOLVERS = {"euler_ancestral": "ddim", "lcm": "ddim"}      # these draw noise on the way, each library its own
+_SOLVERS = {"euler_ancestral": "ddim", "lcm": "ddim", "tcd": "ddim"}      # these draw noise on the way, each library its own
 _THREADS = 2
 
 
@@ -92,7 +92,7 @@ def _reference(model: Model, bundle: Bundle, person: np.ndarray, settings: dict)
     options = {k: settings[k] for k in ("num_inference_steps", "guidance_scale")}
     latents, _ = sample_latents(
         model, torch.from_numpy(person)[None], settings["prompt"], solver=settings["scheduler"],
-        use_karras_sigmas=bool(bundle.manifest.scheduler.get("use_karras_sigmas")),
+        use_karras_sigmas=bool(bundle.manifest.scheduler.get("use_karras_sigmas")), timestep_spacing=bundle.manifest.scheduler.get("timestep_spacing"),
         latents=torch.from_numpy(_C.randn([settings["seed"]], bundle.manifest.model.latent_shape)), **options)
     planes = model.decode_latents(latents)[0].clamp(-1, 1)
     return ((planes + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().copy()

@@ -17,7 +17,7 @@ class Schedule:
     
     alphas_cumprod: float64, one per training timestep. Raises ValueError for impossible values.
     """
-    def __init__(self, solver: str, alphas_cumprod: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], num_inference_steps: typing.SupportsInt | typing.SupportsIndex, prediction_type: str = 'epsilon', timestep_spacing: str = 'leading', steps_offset: typing.SupportsInt | typing.SupportsIndex = 0, use_karras_sigmas: bool = False, final_sigmas_type: str = 'zero', set_alpha_to_one: bool = True, original_inference_steps: typing.SupportsInt | typing.SupportsIndex = 50, timestep_scaling: typing.SupportsFloat | typing.SupportsIndex = 10.0) -> None:
+    def __init__(self, solver: str, alphas_cumprod: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], num_inference_steps: typing.SupportsInt | typing.SupportsIndex, prediction_type: str = 'epsilon', timestep_spacing: str = 'leading', steps_offset: typing.SupportsInt | typing.SupportsIndex = 0, use_karras_sigmas: bool = False, final_sigmas_type: str = 'zero', set_alpha_to_one: bool = True, original_inference_steps: typing.SupportsInt | typing.SupportsIndex = 50, timestep_scaling: typing.SupportsFloat | typing.SupportsIndex = 10.0, eta: typing.SupportsFloat | typing.SupportsIndex = 0.3) -> None:
         ...
     def __len__(self) -> int:
         ...
@@ -31,7 +31,7 @@ class Schedule:
     @property
     def needs_noise(self) -> bool:
         """
-        Whether steps draw fresh noise (euler_ancestral, lcm).
+        Whether steps draw fresh noise (euler_ancestral, lcm, tcd).
         """
     @property
     def prediction_type(self) -> str:

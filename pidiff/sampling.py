@@ -19,10 +19,12 @@ SOLVERS: dict[str, tuple[str, dict]] = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
     "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
 }
 
 
-def make_scheduler(config: dict, solver: str, num_inference_steps: int, use_karras_sigmas: bool = False):
+def make_scheduler(config: dict, solver: str, num_inference_steps: int, use_karras_sigmas: bool = False,
+                   timestep_spacing: str | None = None):
     """diffusers scheduler for `config` (a scheduler_config.json), its timesteps set.
 
     Keys that a class does not know are left out: a configuration written for one scheduler serves all of them.
@@ -33,7 +35,8 @@ def make_scheduler(config: dict, solver: str, num_inference_steps: int, use_karr
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     name, extra = SOLVERS[solver]
     cls = getattr(diffusers, name)
-    config = {**config, **extra, **({"use_karras_sigmas": True} if use_karras_sigmas else {})}
+    config = {**config, **extra, **({"use_karras_sigmas": True} if use_karras_sigmas else {}),
+              **({"timestep_spacing": timestep_spacing} if timestep_spacing else {})}
     known = inspect.signature(cls.__init__).parameters
     scheduler = cls.from_config({k: v for k, v in config.items() if k in known})
     scheduler.set_timesteps(num_inference_steps)
@@ -56,14 +59,14 @@ def sample_latents(model: Model, w_plus: Tensor | None, prompt: str | list[str],
                    num_inference_steps: int = 20, guidance_scale: float = 3.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
                    cache_interval: int = 1, outer: int = 1, id_scale: float = 1.0, id_start: float = 0.0,
                    level_scale: Tensor | None = None, id_mask: Tensor | None = None, solver: str = "dpmpp_2m",
-                   use_karras_sigmas: bool = False, latents: Tensor | None = None,
+                   use_karras_sigmas: bool = False, timestep_spacing: str | None = None, eta: float = 0.3, latents: Tensor | None = None,
                    generator: torch.Generator | None = None, on_step: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor | None]:
     """Denoise and return (latents [B, c, h, w], identity map [B, P, h, w] or None).
 
     w_plus: [B, P, L, 512], [B, L, 512] for one person a picture, or None for nobody. prompt: one text, or one per
     picture. id_mask [B, P, h, w] or [P, h, w] in [0, 1] at latent size. level_scale [4]. id_start: part of the steps,
     from the start, without the identity. latents: unit noise [B, c, h, w], drawn with `generator` where not given.
-    guidance_scale 1 = off; the unconditional half sees mapper(zeros) for everybody. guidance_interval: part of the steps
+    guidance_scale 1 or 0 = off; the unconditional half sees mapper(zeros) for everybody. guidance_interval: part of the steps
     with guidance (arXiv 2404.07724); the others run the conditional half alone. cache_interval: the whole UNet runs every so
     many steps, and at those that begin the guidance or the identity; the others run its `outer` last up layers
     (pidiff.caching). The identity map (`parallel` only) is the mean over layers and over the whole steps with identity, of
@@ -72,12 +75,12 @@ def sample_latents(model: Model, w_plus: Tensor | None, prompt: str | list[str],
     unet, device = model.unet, model.unet.device
     people = None if w_plus is None else (w_plus if w_plus.ndim == 4 else w_plus[:, None]).to(device)
     batch = len(latents) if latents is not None else len(prompt) if isinstance(prompt, list) else 1 if people is None else len(people)
-    scheduler = make_scheduler(model.scheduler, solver, num_inference_steps, use_karras_sigmas)
+    scheduler = make_scheduler(model.scheduler, solver, num_inference_steps, use_karras_sigmas, timestep_spacing)
     if latents is None:
         size = unet.config.sample_size
         latents = torch.randn(batch, unet.config.in_channels, size, size, generator=generator).to(device)
     latents = latents * scheduler.init_noise_sigma
-    first, end = (round(x * num_inference_steps) if guidance_scale != 1 else 0 for x in guidance_interval)
+    first, end = (round(x * num_inference_steps) if guidance_scale not in (0, 1) else 0 for x in guidance_interval)
     prompts = [prompt] * batch if isinstance(prompt, str) else prompt
     embeds = encode_prompts(model, [negative_prompt] * batch + prompts if first < end else prompts)
     conditions = {guided: _condition(model, people, batch, guided, id_scale, level_scale, id_mask) for guided in (False, True)}
@@ -101,7 +104,7 @@ def sample_latents(model: Model, w_plus: Tensor | None, prompt: str | list[str],
         if guided:
             without, with_ = output.chunk(2)
             output = without + guidance_scale * (with_ - without)
-        latents = scheduler.step(output, timestep, latents, **_noise(scheduler, generator)).prev_sample
+        latents = scheduler.step(output, timestep, latents, **_noise(scheduler, generator, eta if solver == "tcd" else None)).prev_sample
         if on_step is not None:
             on_step(step)
     return latents, torch.stack(maps).mean(0) if maps else None
@@ -137,6 +140,7 @@ def _condition(model: Model, people: Tensor | None, batch: int, guided: bool, id
     return lambda: adapter.condition(embeds, id_scale, scale, id_mask, keep_maps=True)
 
 
-def _noise(scheduler, generator: torch.Generator | None) -> dict:
+def _noise(scheduler, generator: torch.Generator | None, eta: float | None) -> dict:
     """Stochastic schedulers take the generator, the others do not know the argument."""
-    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    known = "generator" in inspect.signature(scheduler.step).parameters
+    return {**({"generator": generator} if known else {}), **({} if eta is None else {"eta": eta})}

@@ -50,7 +50,8 @@ def _generate_parser():
                         help="exact (default), balanced or fast; what you set yourself comes before the preset")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the bundle's, usually 20)")
     parser.add_argument("--scheduler", choices=SOLVERS, help="solver (default: the bundle's, usually dpmpp_2m)")
-    parser.add_argument("--guidance-scale", type=float, metavar="X", help="how strictly to follow the prompt; 1 = off")
+    parser.add_argument("--eta", type=float, metavar="X", help="with tcd: how random its steps are, 0 to 1 (default: the bundle's, usually 0.3)")
+    parser.add_argument("--guidance-scale", type=float, metavar="X", help="how strictly to follow the prompt; 1 or 0 = off")
     parser.add_argument("--guidance-interval", type=_numbers(2), metavar="START,END",
                         help="part of the steps with guidance, 0 to 1; the others cost half (default: 0,1)")
     parser.add_argument("--cache-interval", type=int, metavar="N",
@@ -112,7 +113,7 @@ def _generate(args):
         people, args.prompt, args.negative_prompt, preset=args.preset, num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale, guidance_interval=args.guidance_interval, cache_interval=args.cache_interval,
         id_scale=args.id_scale, id_start=args.id_start, level_scale=args.level_scale, id_mask=args.region, seed=args.seed,
-        num_images=args.num_images, scheduler=args.scheduler, edits=dict(args.edit), height=args.height, width=args.width,
+        num_images=args.num_images, scheduler=args.scheduler, eta=args.eta, edits=dict(args.edit), height=args.height, width=args.width,
         tiled_decode=args.tiled_decode,
         progress=sys.stderr.isatty() and not args.json)
     _add(seconds, result.seconds)

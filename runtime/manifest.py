@@ -118,7 +118,7 @@ class Manifest:
     """All of manifest.json.
 
     files: relative path -> FileSpec, every file but the manifest. scheduler: how to sample when the caller does not say
-    (optional keys `solver`, `num_inference_steps`, `guidance_scale`, `use_karras_sigmas`); the noise schedule itself is
+    (optional keys `solver`, `num_inference_steps`, `guidance_scale`, `use_karras_sigmas`, `timestep_spacing`, `eta`); the noise schedule itself is
     schedule.json. sources: checkpoint file -> sha256. parity: graph -> {max_abs, mean_abs, max_rel} against PyTorch.
     float32_layers: graph -> {module: why it is computed in float32 inside a float16 or int8 graph}; precision int8 is that of the
     UNet, all else is computed in float32, with int8-fp16 in float16. engines: set name -> EngineSet
@@ -262,6 +262,8 @@ def _scheduler(data):
         "solver": lambda v: isinstance(v, str) and PART.fullmatch(v), "use_karras_sigmas": lambda v: isinstance(v, bool),
         "num_inference_steps": lambda v: type(v) is int and 0 < v <= 1000,
         "guidance_scale": lambda v: type(v) in (int, float) and 0 <= v <= 100,
+        "timestep_spacing": lambda v: v in ("leading", "trailing", "linspace"),
+        "eta": lambda v: type(v) in (int, float) and 0 <= v <= 1,
     }
     for key, value in data.items():
         if key not in checks or not checks[key](value):

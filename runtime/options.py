@@ -23,6 +23,7 @@ class Options:
     id_start: float
     level_scale: tuple
     scheduler: str
+    eta: float | None
     batch_size: int
 
     def __post_init__(self):
@@ -42,6 +43,9 @@ class Options:
         for value in self.level_scale:
             _number("level_scale", value, 0, 10)
         require(self.scheduler in SOLVERS, "scheduler", f"be one of {', '.join(SOLVERS)}", repr(self.scheduler))
+        if self.eta is not None:
+            _number("eta", self.eta, 0, 1)
+            require(self.scheduler == "tcd", "eta", "be given with the scheduler tcd only", f"{self.eta} with {self.scheduler}")
         _integer("batch_size", self.batch_size, 1, 64)
 
     @property
@@ -53,7 +57,7 @@ class Options:
     def guided_steps(self):
         """The steps with guidance: (first, end); (0, 0) for none."""
         first, end = (round(x * self.steps) for x in self.guidance_interval)
-        return (first, end) if self.guidance_scale != 1.0 and first < end else (0, 0)
+        return (first, end) if self.guidance_scale not in (0, 1) and first < end else (0, 0)
 
     @property
     def first_identity_step(self):

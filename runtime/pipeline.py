@@ -27,7 +27,7 @@ from .presets import resolve_preset
 from .progress import Progress
 from .recent import Recent
 from .result import Result
-from .schedule import make_schedule
+from .schedule import SAMPLING, make_schedule
 from .sizes import decode_in_tiles, is_free, latent_shape
 from .text import TextTokenizer
 
@@ -145,17 +145,17 @@ class Pipeline:
 
         return self._kept.get(("prompt", prompt), make)
 
-    def plan(self, num_inference_steps=None, scheduler=None):
-        """Return the Plan (schedule and time table) for a number of steps and a solver, kept for the next call."""
-        defaults = self.bundle.manifest.scheduler
-        steps, solver = _first(num_inference_steps, defaults.get("num_inference_steps"), 20), _solver(scheduler, defaults)
+    def plan(self, num_inference_steps=None, scheduler=None, eta=None):
+        """Return the Plan (schedule and time table) for a number of steps, a solver and tcd's eta, kept for the next call."""
+        given = self.bundle.manifest.scheduler | ({} if eta is None else {"eta": eta})
+        steps, solver = _first(num_inference_steps, given.get("num_inference_steps"), 20), _solver(scheduler, given)
 
         def make():
-            schedule = make_schedule(self._schedule_config, solver, steps, defaults.get("use_karras_sigmas"))
+            schedule = make_schedule(self._schedule_config, solver, steps, **{k: given.get(k) for k in SAMPLING})
             table = call(self._graph("time_conditioner"), {"timesteps": np.asarray(schedule.timesteps)})["time_table"]
             return Plan(schedule, table)
 
-        return self._kept.get(("plan", steps, solver), make)
+        return self._kept.get(("plan", steps, solver, eta), make)
 
     def fold(self, identity=None, level_scale=(1.0, 1.0, 1.0, 1.0)):
         """Return id_fold [1,F] of an Identity, level scales included; None stands for the unconditional identity."""
@@ -174,13 +174,13 @@ class Pipeline:
 
     def generate(self, identity, prompt, negative_prompt="", *, preset="exact", num_inference_steps=None,
                  guidance_scale=None, guidance_interval=None, cache_interval=None, id_scale=1.0, id_start=None,
-                 level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None, seed=None, num_images=None, scheduler=None, edits=None,
+                 level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None, seed=None, num_images=None, scheduler=None, eta=None, edits=None,
                  callback=None, progress=False, batch_size=4, height=None, width=None, tiled_decode=None):
         """Make pictures of a person and return a Result.
 
         identity: an Identity, a list of them (then with `id_mask`), or None for nobody.
         preset: "exact", "balanced" or "fast", which choose the steps and the next three where they are None (presets.py).
-        num_inference_steps, guidance_scale (1 = off), scheduler: None takes the bundle's own (else 20, 3.0, dpmpp_2m).
+        num_inference_steps, guidance_scale (1 or 0 = off), scheduler, eta (of tcd: how random its steps are, 0 to 1): None takes the bundle's own (else 20, 3.0, dpmpp_2m, 0.3).
         guidance_interval: (start, end), the part of the steps with guidance, as fractions of their number; the others follow
         the prompt without guidance and cost half.
         cache_interval: the whole UNet runs every so many steps, its outermost layers alone in the others (1 = off).
@@ -202,7 +202,7 @@ class Pipeline:
         options = Options(
             chosen["num_inference_steps"], _first(guidance_scale, defaults.get("guidance_scale"), 3.0),
             _tuple(chosen["guidance_interval"]), chosen["cache_interval"], id_scale, chosen["id_start"],
-            _tuple(level_scale), _solver(scheduler, defaults), batch_size)
+            _tuple(level_scale), _solver(scheduler, defaults), eta, batch_size)
         cached = "unet_cached" in self.bundle.manifest.graphs
         require(options.cache_interval == 1 or cached, "cache_interval", "be 1 for this bundle, which has no graph unet_cached "
                 "(export it again)", options.cache_interval)
@@ -216,7 +216,7 @@ class Pipeline:
                                                   options.cache_interval > 1, shape[1:], self._tiles(tiled_decode, shape))
         conditions = self._conditions(options, people, mask, prompt, negative_prompt, at_once)
         with self._stage("plan"):
-            plan = self.plan(options.steps, options.scheduler)
+            plan = self.plan(options.steps, options.scheduler, options.eta)
         images, maps = [], []
         chunks, decode = self._chunks(seeds, batch, options.guided, shape, tile), partial(self._decode, tile=tile)
         try:

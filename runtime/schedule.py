@@ -4,10 +4,12 @@ import numpy as np
 
 from .errors import BundleError, PidiffError, require
 
-SOLVERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm")
+SOLVERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm", "tcd")
+_WITH_KARRAS_SIGMAS = ("euler", "dpmpp_2m", "unipc")
 # What schedule.json may say about sampling, handed to the core as it is.
 _PASSED = {"prediction_type": str, "timestep_spacing": str, "steps_offset": int, "use_karras_sigmas": bool,
            "final_sigmas_type": str, "set_alpha_to_one": bool, "original_inference_steps": int, "timestep_scaling": float}
+SAMPLING = ("use_karras_sigmas", "timestep_spacing", "eta")     # what a manifest may say beside schedule.json
 
 
 def alphas_cumprod(config):
@@ -43,8 +45,12 @@ def _end_in_noise(alphas):
     return alphas
 
 
-def make_schedule(config, solver, num_inference_steps, use_karras_sigmas=None):
-    """Return the core's Schedule for a scheduler configuration, a solver name and a number of steps."""
+def make_schedule(config, solver, num_inference_steps, **sampling):
+    """Return the core's Schedule for a scheduler configuration, a solver name and a number of steps.
+
+    sampling: SAMPLING's names, what is not None comes before the configuration's. `eta`: of tcd, 0.3 where nobody says. A configuration
+    serves all solvers, as diffusers' do: what a solver does not know is passed over.
+    """
     from pidiff import _C
 
     require(solver in SOLVERS, "scheduler", f"be one of {', '.join(SOLVERS)}", repr(solver))
@@ -53,8 +59,9 @@ def make_schedule(config, solver, num_inference_steps, use_karras_sigmas=None):
     for key, value in options.items():
         if type(value) is not _PASSED[key] and not (_PASSED[key] is float and type(value) is int):
             raise BundleError(f"schedule.json {key} must be {_PASSED[key].__name__}, got {value!r}")
-    if use_karras_sigmas is not None:
-        options["use_karras_sigmas"] = use_karras_sigmas
+    options.update({k: v for k, v in sampling.items() if v is not None})
+    if solver not in _WITH_KARRAS_SIGMAS:
+        options.pop("use_karras_sigmas", None)
     alphas = alphas_cumprod(config)
     try:
         return _C.Schedule(solver, alphas, num_inference_steps, **options)

@@ -10,7 +10,6 @@ from pidiff.runtime.manifest import GraphSpec, TensorSpec
 from references import stable_diffusion_alphas
 
 CHANNELS, SIDE, PEOPLE, TIMES, DEEP = 4, 6, 2, 5, 3
-SOLVERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm")
 # What a loop must do beside its solver: arguments of make_conditions, and the guidance scale.
 WAYS = {
     "plain": ({"guided": False}, 1.0), "guided": ({"guided": True}, 3.0),

@@ -10,7 +10,8 @@ import pidiff._C as core
 from pidiff.runtime import Cancelled, PidiffError, cuda
 from pidiff.runtime.denoise import Denoiser
 from pidiff.runtime.device_loop import DeviceDenoiser, make_denoiser
-from step_unet import CHANNELS, SIDE, SOLVERS, WAYS, DeviceUnet, HostUnet, make_conditions, make_plan, run_unet, start
+from pidiff.runtime.schedule import SOLVERS
+from step_unet import CHANNELS, SIDE, WAYS, DeviceUnet, HostUnet, make_conditions, make_plan, run_unet, start
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not core.has_cuda(), reason="no CUDA kernels or no GPU")]
 

@@ -11,7 +11,8 @@ from pidiff.runtime import Cancelled, PidiffError, cuda
 from pidiff.runtime.denoise import Denoiser
 from pidiff.runtime.device_loop import DeviceDenoiser, make_denoiser
 from pidiff.runtime.errors import NotFinite
-from step_unet import CHANNELS, SIDE, SOLVERS, WAYS, DeviceUnet, HostUnet, make_conditions, make_plan, run_unet, start
+from pidiff.runtime.schedule import SOLVERS
+from step_unet import CHANNELS, SIDE, WAYS, DeviceUnet, HostUnet, make_conditions, make_plan, run_unet, start
 
 class FakeQueue:
     """Queues `run_unet` on the made-up driver's streams."""

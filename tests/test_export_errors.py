@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import pytest
 
@@ -64,6 +65,32 @@ def test_a_schedule_that_the_runtime_cannot_sample(capsys, model, tmp_path, chan
     file = model / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     assert words in refused(capsys, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--eta", "0.3"], "--eta must be given with --solver tcd, got no --solver"),
+    (["--solver", "ddim", "--eta", "0.3"], "--eta must be given with --solver tcd, got --solver ddim"),
+    (["--solver", "tcd", "--eta", "1.5"], "eta must lie in [0, 1], got 1.5"),
+    (["--solver", "lcm", "--steps", "60"], "num_inference_steps must not exceed original_inference_steps 50, got 60")])
+def test_defaults_that_the_runtime_cannot_sample(capsys, model, tmp_path, options, words):
+    assert words in refused(capsys, model, tmp_path / "out", *options)
+
+
+def test_defaults_are_those_given_before_the_sources(model, tmp_path, monkeypatch):
+    """A model whose scheduler has Karras sigmas is no exception."""
+    file, seen = model / "scheduler" / "scheduler_config.json", []
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_karras_sigmas": True}))
+    old = {"solver": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0}
+    monkeypatch.setattr(exporter, "_manifest_of", lambda folder: types.SimpleNamespace(scheduler=old, precision="fp32", name="old"))
+
+    def stop(self):
+        seen.append(self._sampling())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(exporter._Export, "_texts", stop)
+    for options in ([], ["--solver", "tcd", "--eta", "0.2", "--steps", "8"], ["--solver", "ddim", "--timestep-spacing", "trailing"]):
+        assert main([str(model), str(tmp_path / "out"), "--quiet", *options]) == 1
+    assert seen == [old, {**old, "solver": "tcd", "eta": 0.2, "num_inference_steps": 8}, {**old, "solver": "ddim", "timestep_spacing": "trailing"}]
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

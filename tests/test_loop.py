@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 import pidiff._C as core
+from pidiff.runtime.schedule import SOLVERS
 from references import stable_diffusion_alphas as alphas
-
-SOLVERS = ["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"]
 
 
 class Loop:

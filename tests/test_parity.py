@@ -56,10 +56,13 @@ def half_regions(side):
     return mask
 
 
-def compare(pair, monkeypatch, people, *, solver, steps=6, seeds=(3, 4), id_mask=None, size=(None, None), **options):
+def compare(pair, monkeypatch, people, *, solver, steps=6, seeds=(3, 4), id_mask=None, size=(None, None), spacing=None, **options):
     """Both sides from the same noise; asserts latents, identity map and pictures agree, and returns the latents."""
     pipe, model = pair.pipe, pair.model
     decoded = []
+    if spacing:
+        monkeypatch.setitem(pipe.bundle.manifest.scheduler, "timestep_spacing", spacing)
+        monkeypatch.setattr(pipe, "_kept", type(pipe._kept)(16))
     monkeypatch.setattr(pipe, "_decode", lambda latents, decode=pipe._decode, **tile: decoded.append(latents.copy()) or decode(latents, **tile))
     result = pipe.generate(people or None, PROMPT, NEGATIVE, seed=list(seeds), scheduler=solver, num_inference_steps=steps,
                            id_mask=id_mask, height=size[0], width=size[1], **options)
@@ -69,7 +72,8 @@ def compare(pair, monkeypatch, people, *, solver, steps=6, seeds=(3, 4), id_mask
         options["level_scale"] = torch.tensor(options["level_scale"])
     latents, maps = sample_latents(
         model, pair.codes(people, len(seeds)) if people else None, PROMPT, NEGATIVE, solver=solver, num_inference_steps=steps,
-        id_mask=None if id_mask is None else torch.from_numpy(id_mask), latents=noise, **options)
+        id_mask=None if id_mask is None else torch.from_numpy(id_mask), latents=noise, timestep_spacing=spacing,
+        **options)
     atol, levels = TOLERANCE[pair.precision]
     np.testing.assert_allclose(np.concatenate(decoded), latents.numpy(), atol=atol, rtol=atol)
     if maps is None or result.identity_map is None:
@@ -86,6 +90,16 @@ def compare(pair, monkeypatch, people, *, solver, steps=6, seeds=(3, 4), id_mask
 def test_whole_picture_of_one_person(pairs, monkeypatch, solver):
     pair = pairs("fused")
     compare(pair, monkeypatch, pair.people[:1], solver=solver, guidance_scale=3.0)
+
+
+@pytest.mark.parametrize("solver, spacing, eta", [("ddim", "leading", None), ("tcd", None, 0.0)])
+def test_whole_picture_of_few_steps(pairs, monkeypatch, solver, spacing, eta):
+    """Timesteps spaced in another way than the model's scheduler says (trailing); TCD without its noise, which each library draws by
+    itself; guidance 0 is none, as in diffusers."""
+    pair = pairs("fused")
+    plain = compare(pair, monkeypatch, pair.people[:1], solver="ddim", steps=4, guidance_scale=0)
+    few = compare(pair, monkeypatch, pair.people[:1], solver=solver, steps=4, guidance_scale=0, spacing=spacing, **({} if eta is None else {"eta": eta}))
+    assert np.abs(few - plain).max() > 1e-2, "it must matter"
 
 
 @pytest.mark.parametrize("name", BUNDLES)

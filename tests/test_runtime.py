@@ -16,7 +16,7 @@ from pidiff import _C
 from pidiff.runtime import Cancelled, Identity, IdentityError, PidiffError, Pipeline
 from pidiff.runtime.bundle import shipped_bundle
 from pidiff.runtime.options import resolve_mask, resolve_seeds
-from pidiff.runtime.schedule import alphas_cumprod
+from pidiff.runtime.schedule import SOLVERS, alphas_cumprod
 
 PROMPT = "a photo of person"
 needs_mini = pytest.mark.skipif(not (shipped_bundle() / "manifest.json").exists(), reason="models/mini is not there")
@@ -121,6 +121,7 @@ def test_what_is_asked_changes_the_picture(pipe):
 
 def test_no_guidance_ignores_the_negative_prompt(pipe):
     plain = picture(pipe, person(), guidance_scale=1.0)
+    assert np.array_equal(picture(pipe, person(), guidance_scale=0), plain), "diffusers' word for none"
     assert np.array_equal(picture(pipe, person(), guidance_scale=1.0, negative_prompt="blue"), plain)
 
 
@@ -142,10 +143,32 @@ def test_two_people_in_two_regions(pipe):
     assert both.identity_map.shape == (1, 2, 4, 4) and not both.identity_map[0, 0, :, 2:].any()
 
 
-@pytest.mark.parametrize("solver", ["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver(pipe, solver):
     result = pipe.generate(person(), PROMPT, seed=1, num_inference_steps=4, scheduler=solver)
     assert result.scheduler == solver and result.images[0].std() > 1
+
+
+def test_eta_says_how_random_tcd_is(pipe):
+    given = lambda **how: pipe.generate(person(), PROMPT, seed=1, num_inference_steps=4, scheduler="tcd", **how).images[0].astype(int)
+    assert np.array_equal(given(), given(eta=0.3)) and np.array_equal(given(eta=0.0), given(eta=0))
+    assert min(np.abs(given(eta=a) - given(eta=b)).max() for a, b in ((0, 0.3), (0.3, 1), (0, 1))) > 2
+    with pytest.raises(PidiffError, match="^eta must be given with the scheduler tcd only, got 0.5 with dpmpp_2m$"):
+        picture(pipe, person(), eta=0.5)
+    with pytest.raises(PidiffError, match=r"^eta must be a number in \[0, 1\], got 2$"):
+        given(eta=2)
+
+
+def test_how_to_sample_may_stand_in_the_bundle(tmp_path):
+    path = write_tiny_bundle(tmp_path / "bundle")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["scheduler"] |= {"solver": "tcd", "eta": 0, "timestep_spacing": "trailing", "use_karras_sigmas": True, "num_inference_steps": 4}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    pipe = Pipeline.from_bundle(path, threads=1)
+    assert not pipe.plan().schedule.needs_noise and pipe.plan(eta=0.5).schedule.needs_noise
+    assert pipe.plan(scheduler="ddim").schedule.timesteps.tolist() == [999, 749, 499, 249], "karras sigmas are not for ddim"
+    assert pipe.plan(scheduler="euler").schedule.timesteps.tolist() != [999, 749, 499, 249]
+    assert pipe.generate(person(), PROMPT, seed=1).scheduler == "tcd"
 
 
 def test_defaults_come_from_the_bundle(pipe):

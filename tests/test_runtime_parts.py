@@ -10,7 +10,7 @@ from pidiff import _C
 from pidiff.runtime import EngineError, PidiffError, Pipeline
 from pidiff.runtime.bundle import Bundle, BundleError
 from pidiff.runtime.engines import call, check_tensors, load_engine
-from pidiff.runtime.schedule import alphas_cumprod, make_schedule
+from pidiff.runtime.schedule import SOLVERS, alphas_cumprod, make_schedule
 from pidiff.runtime.text import TextTokenizer
 
 PROMPT = "a photo of person"
@@ -40,6 +40,17 @@ def test_noise_schedule_is_diffusers(kind, zero_snr):
 def test_bad_noise_schedules(change):
     with pytest.raises(BundleError, match="^schedule.json"):
         make_schedule(change, "ddim", 5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_schedule_passes_over_what_its_solver_does_not_know(solver):
+    """As diffusers' classes do: a model whose scheduler has Karras sigmas can be sampled by all."""
+    config = {"use_karras_sigmas": True, "timestep_spacing": "leading", "clip_sample": False}
+    made = make_schedule(config, solver, 4, timestep_spacing="trailing", eta=0.0, use_karras_sigmas=None)
+    own = {} if solver not in ("euler", "dpmpp_2m", "unipc") else {"use_karras_sigmas": True}
+    expected = _C.Schedule(solver, alphas_cumprod(config), 4, timestep_spacing="trailing", eta=0.0, **own)
+    assert made.timesteps.tolist() == expected.timesteps.tolist() and made.timestep_spacing == "trailing"
+    assert made.sigmas.tolist() == expected.sigmas.tolist() and made.needs_noise == expected.needs_noise == (solver in ("lcm", "euler_ancestral"))
 
 
 def test_engine_writes_into_the_bound_arrays(tiny):

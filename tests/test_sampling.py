@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import pidiff._C as core
+from pidiff.runtime.schedule import SOLVERS
 from references import stable_diffusion_alphas as alphas
 
-SOLVERS = ["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"]
-NOISY = {"euler_ancestral", "lcm"}
+NOISY = {"euler_ancestral", "lcm", "tcd"}
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_randn_refuses_empty_shapes():
 
 
 def diffusers_scheduler(solver: str, steps: int, **config):
-    """diffusers' own scheduler with its timesteps set; its sigmas widened so that its coefficients are exact.
+    """diffusers' own scheduler with its timesteps set; its sigmas (of tcd its alphas) widened so that its coefficients are exact.
 
     diffusers computes coefficients in float32, where 1 - alpha and differences of logs lose digits; ours are float64.
     The sigmas themselves keep their float32 values.
@@ -87,6 +87,7 @@ def diffusers_scheduler(solver: str, steps: int, **config):
     name = {
         "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler",
         "dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler", "lcm": "LCMScheduler",
+        "tcd": "TCDScheduler",
     }[solver]  # fmt: skip
     if solver == "ddim":
         config["clip_sample"] = False
@@ -94,15 +95,18 @@ def diffusers_scheduler(solver: str, steps: int, **config):
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "sigmas"):
         scheduler.sigmas = scheduler.sigmas.double()
+    if solver == "tcd":
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     return scheduler
 
 
-def run_both(solver: str, steps: int, monkeypatch, **config) -> None:
+def run_both(solver: str, steps: int, monkeypatch, eta: float | None = None, **config) -> None:
     """Feed both the same random model outputs; compare timesteps, scaled inputs, and latents after every step."""
+    extra = {} if eta is None else {"eta": eta}
     torch = pytest.importorskip("torch")
     theirs = diffusers_scheduler(solver, steps, **config)
     own = {name: value for name, value in config.items() if not name.startswith("beta_")}
-    schedule = core.Schedule(solver, theirs.alphas_cumprod.double().numpy(), steps, **own)
+    schedule = core.Schedule(solver, theirs.alphas_cumprod.double().numpy(), steps, **own, **extra)
     np.testing.assert_allclose(schedule.timesteps, theirs.timesteps.numpy().astype(np.float32), rtol=2e-6, atol=1e-3)
     np.testing.assert_allclose(schedule.init_noise_sigma, float(theirs.init_noise_sigma), rtol=2e-6)
     if hasattr(theirs, "sigmas"):
@@ -127,8 +131,8 @@ def run_both(solver: str, steps: int, monkeypatch, **config) -> None:
         size = float(x.abs().max())  # diffusers' euler subtracts numbers of this size
         output = torch.randn(shape, generator=generator)
         noises.clear()
-        x = theirs.step(output, t, x).prev_sample.float()
-        noise = noises[0].numpy() if noises else np.zeros(shape, np.float32)
+        x = theirs.step(output, t, x, **extra).prev_sample.float()
+        noise = noises[0].numpy() if noises else np.full(shape, np.nan, np.float32)
         latents, denoised = stepper.step(i, output.numpy(), latents, noise)
         size = max(size, float(x.abs().max()))
         np.testing.assert_allclose(latents, x.numpy(), rtol=1e-5, atol=1e-5 * size, err_msg=f"step {i}")
@@ -147,8 +151,8 @@ MINI = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", steps_offset
 @pytest.mark.parametrize("betas", [SD15, MINI], ids=["sd15", "mini"])
 def test_solver_is_diffusers(monkeypatch, solver, prediction, spacing, steps, betas):
     config = dict(betas, prediction_type=prediction, timestep_spacing=spacing)
-    if solver == "lcm" and spacing != "leading":
-        pytest.skip("LCM has timesteps of its own")
+    if solver in ("lcm", "tcd") and spacing != "leading":
+        pytest.skip("consistency models have timesteps of their own")
     run_both(solver, steps, monkeypatch, **config)
 
 
@@ -180,6 +184,15 @@ def test_ddim_may_end_at_the_first_alpha(monkeypatch, steps):
 def test_lcm_original_steps(monkeypatch):
     run_both("lcm", 3, monkeypatch, prediction_type="epsilon", timestep_spacing="leading", original_inference_steps=25,
              timestep_scaling=8.0, **SD15)  # fmt: skip
+
+
+@pytest.mark.parametrize("eta", [0, 0.3, 0.5, 1])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps, original", [(1, 50), (3, 25), (8, 50), (50, 50), (10, 1000)])
+def test_tcd_is_diffusers_with_any_eta(monkeypatch, eta, prediction, steps, original):
+    run_both("tcd", steps, monkeypatch, eta=eta, prediction_type=prediction, original_inference_steps=original, timestep_spacing="leading", **SD15)
+    made = core.Schedule("tcd", alphas(), steps, prediction, original_inference_steps=original, eta=eta)
+    assert made.needs_noise == (eta > 0 and steps > 1)
 
 
 def test_diffusers_in_its_own_precision():
@@ -249,6 +262,9 @@ def test_schedule_errors():
         (("ddim", good, 5), {"steps_offset": 500}, "steps_offset must leave every timestep below 1000, got timestep 1300"),
         (("lcm", good, 60), {}, "num_inference_steps must not exceed original_inference_steps 50, got 60"),
         (("lcm", good, 5), {"original_inference_steps": 0}, "original_inference_steps must lie in"),
+        (("tcd", good, 60), {}, "num_inference_steps must not exceed original_inference_steps 50, got 60"),
+        (("tcd", good, 5), {"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
+        (("tcd", good, 5), {"eta": np.nan}, r"eta must lie in \[0, 1\], got -?nan"),
     ]
     for arguments, keywords, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -61,7 +61,7 @@ void bind_schedule(py::module_& m) {
       .def(py::init([](const std::string& solver, const std::vector<double>& alphas_cumprod, std::int64_t steps,
                        const std::string& prediction_type, const std::string& timestep_spacing,
                        std::int64_t steps_offset, bool use_karras_sigmas, const std::string& final_sigmas_type,
-                       bool set_alpha_to_one, std::int64_t original_inference_steps, double timestep_scaling) {
+                       bool set_alpha_to_one, std::int64_t original_inference_steps, double timestep_scaling, double eta) {
              ScheduleConfig c;
              c.solver = parse_solver(solver);
              c.alphas_cumprod = alphas_cumprod;
@@ -74,13 +74,14 @@ void bind_schedule(py::module_& m) {
              c.set_alpha_to_one = set_alpha_to_one;
              c.original_inference_steps = original_inference_steps;
              c.timestep_scaling = timestep_scaling;
+             c.eta = eta;
              return Schedule(std::move(c));
            }),
            py::arg("solver"), py::arg("alphas_cumprod"), py::arg("num_inference_steps"),
            py::arg("prediction_type") = "epsilon", py::arg("timestep_spacing") = "leading",
            py::arg("steps_offset") = 0, py::arg("use_karras_sigmas") = false, py::arg("final_sigmas_type") = "zero",
            py::arg("set_alpha_to_one") = true, py::arg("original_inference_steps") = 50,
-           py::arg("timestep_scaling") = 10.0)
+           py::arg("timestep_scaling") = 10.0, py::arg("eta") = 0.3)
       .def_property_readonly("solver", [](const Schedule& s) { return name_of(s.config.solver); })
       .def_property_readonly("prediction_type", [](const Schedule& s) { return name_of(s.config.prediction); })
       .def_property_readonly("timestep_spacing", [](const Schedule& s) { return name_of(s.config.spacing); })
@@ -93,7 +94,7 @@ void bind_schedule(py::module_& m) {
             for (const Step& step : s.steps)
               if (step.n_noise != 0.0) return true;
             return false;
-          }, "Whether steps draw fresh noise (euler_ancestral, lcm).")
+          }, "Whether steps draw fresh noise (euler_ancestral, lcm, tcd).")
       .def("__len__", &Schedule::size)
       .def("__repr__", [](const Schedule& s) {
         return std::string("Schedule(") + name_of(s.config.solver) + ", " + std::to_string(s.size()) + " steps, " +

@@ -17,7 +17,7 @@ struct Cancelled : std::runtime_error {
 
 struct SampleRequest {
   const Schedule* schedule = nullptr;
-  std::vector<std::uint64_t> seeds;  // [batch], for the noise of euler_ancestral and lcm
+  std::vector<std::uint64_t> seeds;  // [batch], for the noise of euler_ancestral, lcm and tcd
   float guidance_scale = 1.0f;       // 1: off
   // Steps with guidance run the model on 2 * batch rows, the others on the last `batch` of them (if no step has
   // guidance, there are no others). Kynkaanniemi et al., arXiv 2404.07724: it pays in the middle of a schedule only.

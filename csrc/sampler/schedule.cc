@@ -19,7 +19,8 @@ struct Named {
 };
 constexpr Named<Solver> solvers[] = {
     {Solver::ddim, "ddim"},   {Solver::euler, "euler"}, {Solver::euler_ancestral, "euler_ancestral"},
-    {Solver::dpmpp_2m, "dpmpp_2m"}, {Solver::unipc, "unipc"}, {Solver::lcm, "lcm"}};
+    {Solver::dpmpp_2m, "dpmpp_2m"}, {Solver::unipc, "unipc"}, {Solver::lcm, "lcm"},
+    {Solver::tcd, "tcd"}};
 constexpr Named<Prediction> predictions[] = {{Prediction::epsilon, "epsilon"},
                                              {Prediction::v_prediction, "v_prediction"}};
 constexpr Named<Spacing> spacings[] = {
@@ -46,6 +47,9 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+// Distilled to jump along the timesteps of its own training.
+bool is_consistency(Solver solver) { return solver == Solver::lcm || solver == Solver::tcd; }
+
 void validate(const ScheduleConfig& c) {
   const auto train = static_cast<std::int64_t>(c.alphas_cumprod.size());
   const auto got = [](std::int64_t value) { return ", got " + std::to_string(value); };
@@ -63,7 +67,8 @@ void validate(const ScheduleConfig& c) {
   const bool karras = c.solver == Solver::euler || c.solver == Solver::dpmpp_2m || c.solver == Solver::unipc;
   require(karras || !c.use_karras_sigmas,
           std::string("use_karras_sigmas must be false for ") + name_of(c.solver) + ", got true");
-  if (c.solver == Solver::lcm) {
+  require(c.eta >= 0.0 && c.eta <= 1.0, "eta must lie in [0, 1], got " + std::to_string(c.eta));
+  if (is_consistency(c.solver)) {
     require(c.original_inference_steps >= 1 && c.original_inference_steps <= train,
             "original_inference_steps must lie in [1, " + std::to_string(train) + "]" + got(c.original_inference_steps));
     require(c.num_inference_steps <= c.original_inference_steps,
@@ -226,10 +231,29 @@ void lcm(Schedule& s) {
   }
 }
 
+// Zheng et al., trajectory consistency distillation, arXiv 2402.19159, algorithm 4: down the trajectory to s = (1 - eta) t', then
+// noise up to t'. The last step ends at timestep 0.
+void tcd(Schedule& s) {
+  for (std::size_t i = 0; i < s.timesteps.size(); ++i) {
+    Step step;
+    const double a = alpha_at(s, s.timesteps[i]);
+    const double to = i + 1 < s.timesteps.size() ? s.timesteps[i + 1] : 0.0;
+    // Rounded as diffusers does, in float32.
+    const double down = alpha_at(s, std::floor(static_cast<float>(1.0 - s.config.eta) * static_cast<float>(to)));
+    const double kept = alpha_at(s, to) / down;  // 1 where no noise is drawn
+    predict_x0(step, s.config.prediction, a);
+    const double noise = std::sqrt((1.0 - down) / (1.0 - a));
+    step.n_sample = std::sqrt(kept) * noise;
+    step.n_denoised = std::sqrt(kept) * (std::sqrt(down) - noise * std::sqrt(a));
+    step.n_noise = std::sqrt(1.0 - kept);
+    s.steps.push_back(step);
+  }
+}
+
 // Timesteps and sigmas; sigmas are rounded to float32, in which models and other samplers hold them.
 void place(Schedule& s) {
   const ScheduleConfig& c = s.config;
-  s.timesteps = c.solver == Solver::lcm ? consistency_timesteps(c) : spaced_timesteps(c);
+  s.timesteps = is_consistency(c.solver) ? consistency_timesteps(c) : spaced_timesteps(c);
   const double largest = static_cast<double>(c.alphas_cumprod.size() - 1);
   for (double& t : s.timesteps)
     require(t >= 0.0 && t <= largest, "steps_offset must leave every timestep below " +
@@ -279,6 +303,7 @@ Schedule::Schedule(ScheduleConfig given) : config(std::move(given)) {
     case Solver::dpmpp_2m: dpmpp_2m(*this); break;
     case Solver::unipc: unipc(*this); break;
     case Solver::lcm: lcm(*this); break;
+    case Solver::tcd: tcd(*this); break;
   }
 }
 

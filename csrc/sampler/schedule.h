@@ -11,7 +11,7 @@
 
 namespace pidiff {
 
-enum class Solver : std::uint8_t { ddim, euler, euler_ancestral, dpmpp_2m, unipc, lcm };
+enum class Solver : std::uint8_t { ddim, euler, euler_ancestral, dpmpp_2m, unipc, lcm, tcd };
 enum class Prediction : std::uint8_t { epsilon, v_prediction };
 enum class Spacing : std::uint8_t { leading, trailing, linspace };
 enum class FinalSigma : std::uint8_t { zero, sigma_min };
@@ -26,8 +26,9 @@ struct ScheduleConfig {
   bool use_karras_sigmas = false;       // euler, dpmpp_2m, unipc
   FinalSigma final_sigma = FinalSigma::zero;  // euler, dpmpp_2m, unipc
   bool set_alpha_to_one = true;         // ddim: what stands behind the last step
-  std::int64_t original_inference_steps = 50;  // lcm
+  std::int64_t original_inference_steps = 50;  // lcm, tcd
   double timestep_scaling = 10.0;       // lcm
+  double eta = 0.3;                     // tcd: 0 draws no noise, 1 nothing but noise (the paper's gamma)
 };
 
 // With D = the predicted clean latents (x0), all coefficients of one step:

@@ -9,7 +9,7 @@ namespace pidiff {
 // "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2, arXiv 2305.08891.
 std::vector<double> spaced_timesteps(const ScheduleConfig& config);
 
-// Timesteps of a latent consistency model, arXiv 2310.04378: a subset of its distillation's own.
+// Timesteps of a consistency model (lcm, arXiv 2310.04378; tcd, 2402.19159): a subset of its distillation's own.
 std::vector<double> consistency_timesteps(const ScheduleConfig& config);
 
 // sqrt((1 - a) / a) per training timestep; a zero `a` (zero terminal SNR) counts as 2^-24, so that it stays finite.
