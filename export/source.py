@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pidiff.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
-from pidiff.checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, read_tensors, weight_files
+from pidiff.checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, local_only, read_tensors, weight_files
 from pidiff.config import AdapterConfig, from_dict
 from pidiff.identity import IdentityAdapter
 from pidiff.image_encoder import make_encoder
@@ -89,7 +89,7 @@ class Source:
         return config
 
     def weight_files(self, part: str) -> list[Path]:
-        """The weights of a part: the full-precision safetensors (or .bin) files, all shards of them."""
+        """The weights of a part: safetensors (or .bin) files, all shards of them; those in half precision where there are no others."""
         if self._given(part):
             return self._given(part)
         if self._in_single_file(part):
@@ -125,7 +125,8 @@ class Source:
         from transformers import CLIPTextModel
 
         def load():
-            model, info = CLIPTextModel.from_pretrained(self.folder / "text_encoder", local_files_only=True, output_loading_info=True,
+            folder = self.folder / "text_encoder"
+            model, info = CLIPTextModel.from_pretrained(folder, **local_only(folder), output_loading_info=True,
                                                         ignore_mismatched_sizes=True)     # named by _complete
             return _complete(model, info, "text_encoder")
 
@@ -186,7 +187,7 @@ class Source:
 
     def _diffusers(self, cls, part: str) -> nn.Module:
         def load():
-            model, info = cls.from_pretrained(self.folder / part, local_files_only=True, output_loading_info=True)
+            model, info = cls.from_pretrained(self.folder / part, **local_only(self.folder / part), output_loading_info=True)
             return _complete(model, info, part)
 
         if self._in_single_file(part):

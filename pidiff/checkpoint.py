@@ -33,13 +33,21 @@ def read_tensors(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights in a folder as diffusers and transformers name them: safetensors, else .bin, all shards; empty where there are none."""
-    stems = ("model", "diffusion_pytorch_model", "pytorch_model")
-    for suffix in (".safetensors", ".bin"):
-        files = [f for f in sorted(folder.glob(f"*{suffix}")) if f.name.split("-")[0].removesuffix(suffix) in stems]
-        if files:
-            return files
+    """The weights in a folder as diffusers and transformers name them: safetensors, else .bin, else the same in half precision
+    (`model.fp16.safetensors`), all shards; empty where there are none."""
+    for half in ("", ".fp16"):
+        stems = [stem + half for stem in ("model", "diffusion_pytorch_model", "pytorch_model")]
+        for suffix in (".safetensors", ".bin"):
+            files = [f for f in sorted(folder.glob(f"*{suffix}")) if f.name.split("-")[0].removesuffix(suffix) in stems]
+            if files:
+                return files
     return []
+
+
+def local_only(folder: Path) -> dict:
+    """Arguments of `from_pretrained` (diffusers, transformers) by which it reads the `weight_files` of a folder, and nothing from elsewhere."""
+    files = weight_files(folder)
+    return {"local_files_only": True, "variant": "fp16" if files and ".fp16" in files[0].name else None}
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], name: str) -> nn.Module:

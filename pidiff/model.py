@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .autoencoder import PatchAutoencoder, PatchAutoencoderConfig
-from .checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, read_tensors, save_weights
+from .checkpoint import CheckpointError, load_e4e, load_strict, load_wplus_adapter, local_only, read_tensors, save_weights, weight_files
 from .config import AdapterConfig, from_dict, new_adapter_config, save_config
 from .identity import IdentityAdapter
 from .image_encoder import ImageEncoder, make_encoder
@@ -100,7 +100,7 @@ def _folder_config(folder: Path) -> dict:
 
 
 def _load_part(folder: Path, module: nn.Module) -> nn.Module:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = weight_files(folder)
     if not files:
         raise CheckpointError(f"model must have a weights file in {folder.name}/, got none in {folder.parent}")
     state = {}
@@ -114,7 +114,7 @@ def load_vae(folder: Path) -> nn.Module:
     if "patch_size" in config:
         return _load_part(folder, PatchAutoencoder(from_dict(PatchAutoencoderConfig, config)))
     from diffusers import AutoencoderKL
-    return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
+    return AutoencoderKL.from_pretrained(folder, **local_only(folder)).eval()
 
 
 def load_encoder(folder: Path) -> WPlusEncoder | ImageEncoder:
@@ -124,7 +124,7 @@ def load_encoder(folder: Path) -> WPlusEncoder | ImageEncoder:
 def _load_text(folder: Path):
     from transformers import CLIPTextModel, CLIPTokenizer
     # transformers keeps the stored dtype; diffusers' models come in float32.
-    return (CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).float().eval(),
+    return (CLIPTextModel.from_pretrained(folder / "text_encoder", **local_only(folder / "text_encoder")).float().eval(),
             CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
 
@@ -144,7 +144,7 @@ def load_model(folder: Path, adapter_file: Path | None = None, encoder_file: Pat
     manifest = folder / "manifest.json"
     if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("precision") in ("int8", "int8-fp16"):
         raise CheckpointError(f"model must hold float weights, got the int8 bundle {folder}")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).eval()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", **local_only(folder / "unet")).eval()
     text_encoder, tokenizer = _load_text(folder)
     encoder = load_encoder(folder / "w_plus_encoder") if encoder_file is None else load_e4e(encoder_file)
     if new_adapter is not None:

@@ -6,6 +6,7 @@ from .errors import BundleError, PidiffError, require
 
 SOLVERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm", "tcd")
 _WITH_KARRAS_SIGMAS = ("euler", "dpmpp_2m", "unipc")
+_LEADING = ("ddim", "lcm", "tcd")      # where nobody says how timesteps are spaced; linspace for the others, as in diffusers
 # What schedule.json may say about sampling, handed to the core as it is.
 _PASSED = {"prediction_type": str, "timestep_spacing": str, "steps_offset": int, "use_karras_sigmas": bool,
            "final_sigmas_type": str, "set_alpha_to_one": bool, "original_inference_steps": int, "timestep_scaling": float}
@@ -62,6 +63,7 @@ def make_schedule(config, solver, num_inference_steps, **sampling):
     options.update({k: v for k, v in sampling.items() if v is not None})
     if solver not in _WITH_KARRAS_SIGMAS:
         options.pop("use_karras_sigmas", None)
+    options.setdefault("timestep_spacing", "leading" if solver in _LEADING else "linspace")
     alphas = alphas_cumprod(config)
     try:
         return _C.Schedule(solver, alphas, num_inference_steps, **options)

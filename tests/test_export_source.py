@@ -17,6 +17,7 @@ from pidiff.export.source import Source
 from pidiff.export.step import check_unet
 from pidiff.export.weights import source_dtype
 from pidiff.matting import FaceMatting
+from pidiff.model import load_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -51,6 +52,28 @@ def test_older_bin_files_are_read(folder):
         for key, value in expected.items():
             name = key if key in loaded else key.removeprefix("text_model.")
             assert torch.equal(loaded[name], value.float() if value.is_floating_point() else value), key
+
+
+def test_weights_in_half_precision_only_are_read(folder):
+    """What a download of the variant fp16 leaves in a folder; beside full precision they are passed over."""
+    names = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    expected = {}
+    for part, name in names.items():
+        file = folder / part / f"{name}.safetensors"
+        state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
+        save_file({k: torch.zeros_like(v) for k, v in state.items()}, folder / part / f"{name}.fp16.safetensors", {"format": "pt"})
+        assert Source(folder).weight_files(part) == [file], "there is full precision"
+        save_file(state, folder / part / f"{name}.fp16.safetensors", {"format": "pt"})
+        file.unlink()
+        expected[part] = state
+    source, model = Source(folder), load_model(folder)
+    assert source.stored_dtype("unet") == torch.float16
+    for part, state in expected.items():
+        read = source.unet()[0] if part == "unet" else getattr(source, part)()
+        for loaded in (read.state_dict(), getattr(model, part).state_dict()):
+            for key, value in state.items():
+                name = key if key in loaded else key.removeprefix("text_model.")
+                assert torch.equal(loaded[name], value.to(loaded[name].dtype)), (part, key)
 
 
 def test_mixed_and_wide_checkpoints_are_stored_in_float32(tmp_path):

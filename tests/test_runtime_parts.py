@@ -53,6 +53,26 @@ def test_a_schedule_passes_over_what_its_solver_does_not_know(solver):
     assert made.sigmas.tolist() == expected.sigmas.tolist() and made.needs_noise == expected.needs_noise == (solver in ("lcm", "euler_ancestral"))
 
 
+@pytest.mark.parametrize("steps", [1, 5, 20])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_published_configuration_is_sampled_as_diffusers_does(solver, steps):
+    """Stable Diffusion 1.5's file says nothing of spacing; diffusers then takes each class's own, not that of the class it names."""
+    diffusers = pytest.importorskip("diffusers")
+    from pidiff.sampling import SOLVERS as CLASSES, make_scheduler
+
+    config = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+              "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False}
+    name, extra = CLASSES[solver]
+    theirs = getattr(diffusers, name).from_config(diffusers.PNDMScheduler.from_config(config).config, **extra)
+    theirs.set_timesteps(steps)
+    ours = make_schedule(config, solver, steps)
+    for other in (theirs, make_scheduler(config, solver, steps)):
+        np.testing.assert_allclose(ours.timesteps, other.timesteps.numpy(), atol=1e-3)
+        np.testing.assert_allclose(ours.init_noise_sigma, float(other.init_noise_sigma), rtol=1e-4)
+        if hasattr(other, "sigmas"):
+            np.testing.assert_allclose(ours.sigmas, other.sigmas.numpy(), rtol=1e-4)
+
+
 def test_engine_writes_into_the_bound_arrays(tiny):
     bundle = Bundle.open(tiny)
     spec = bundle.graph("text_conditioner")

@@ -25,14 +25,11 @@ def ip_adapter(unet):
 
 
 def make_scheduler(config, solver):
-    """diffusers' scheduler for a solver as PIDiff names it; of the configuration what its class knows."""
-    import inspect
-
+    """diffusers' scheduler for a solver as PIDiff names it; what the model's file does not say is the class's own default."""
     import diffusers
 
     name, extra = {"ddim": ("DDIMScheduler", {}), "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2})}[solver]
-    cls = getattr(diffusers, name)
-    return cls(**{k: v for k, v in dict(config).items() if k in inspect.signature(cls.__init__).parameters} | extra)
+    return getattr(diffusers, name).from_config(config, **extra)
 
 
 def make_pipeline(job, dtype):
