@@ -171,6 +171,9 @@ class _Export:
 
     def _vae(self) -> None:
         vae = self.source.vae()
+        channels = vae.config.latent_channels * getattr(vae.config, "pack_size", 1) ** 2
+        if self.sizes.channels != channels:
+            raise ExportError(f"unet in_channels must be the VAE's {channels} latent channels (a UNet for inpainting takes more), got {self.sizes.channels}")
         self.sizes.free = not isinstance(vae, PatchAutoencoder)
         self._store(vae, "vae", _VAE)
         model = Model(None, None, vae, None, {}, None, None, {})

@@ -195,6 +195,8 @@ def test_unsupported_unet(capsys, model, tmp_path):
     config = json.loads((model / "unet" / "config.json").read_text())
     (model / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": [8, 8]}))
     assert "unet sample_size must be a number" in refused(capsys, model, tmp_path / "out")
+    (model / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    assert "unet in_channels must be the VAE's 4 latent channels (a UNet for inpainting takes more), got 9" in refused(capsys, model, tmp_path / "out")
 
 
 def test_full_disk(capsys, model, tmp_path, monkeypatch):

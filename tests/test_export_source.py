@@ -76,6 +76,21 @@ def test_weights_in_half_precision_only_are_read(folder):
                 assert torch.equal(loaded[name], value.to(loaded[name].dtype)), (part, key)
 
 
+def test_the_first_names_of_a_vaes_attention_are_read(tmp_path_factory, tmp_path):
+    """Stable Diffusion 1.5's own VAE has them."""
+    folder = shutil.copytree(shared("residual", tmp_path_factory), tmp_path / "residual")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state, older = load_file(file), {}
+    for key, value in state.items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{old}.")
+        older[key] = value
+    assert older.keys() != state.keys()
+    save_file(older, file, {"format": "pt"})
+    for vae in (Source(folder).vae(), load_model(folder).vae):
+        assert all(torch.equal(vae.state_dict()[k], v) for k, v in state.items())
+
+
 def test_mixed_and_wide_checkpoints_are_stored_in_float32(tmp_path):
     for name, dtypes in (("mixed", (torch.float16, torch.float32)), ("brain", (torch.bfloat16,)), ("wide", (torch.float64,))):
         save_file({str(i): torch.ones(2, dtype=d) for i, d in enumerate(dtypes)}, tmp_path / f"{name}.safetensors")
