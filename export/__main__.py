@@ -33,7 +33,7 @@ the graphs point into. Every graph is run in ONNX Runtime and compared with PyTo
   pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
   pidiff-export sd15/ out/ip --adapter ip-adapter_sd15.safetensors --image-encoder image_encoder/ --fp16
   pidiff-export sd15/ out/lcm --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --lora lcm-lora.safetensors \
-      --solver lcm --steps 4 --guidance-scale 1                 a model of few steps; README: which options for TCD and Hyper-SD
+      --solver lcm --steps 4 --guidance-scale 1                 a model of few steps; docs/export.md: options for TCD and Hyper-SD
   pidiff-export mini out/mini-rtx --fp16 --engine tensorrt-rtx  with engines for RTX cards; no GPU is needed to build them
   pidiff-export --into out/mini-rtx --engine tensorrt-rtx --target host       more engines, or the rest of a stopped build
   pidiff-export --new-key me; pidiff-export --into out/mini-rtx --sign me.key     a bundle signed for those who have me.pub
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp16", action="store_true", help="store and compute in float16 (default: compute in float32)")
     parser.add_argument("--int8", action="store_true",
                         help="compute the UNet in int8, but for layers in which that changes too much; ranges and layers are measured on "
-                             "pictures that the exporter draws. With --fp16 the rest is in float16, for GPUs. What it gains: README")
+                             "pictures that the exporter draws. With --fp16 the rest is in float16, for GPUs. What it gains: docs/export.md")
     parser.add_argument("--attention", choices=("fused", "standard"),
                         help="fused: nodes of the ONNX domain pidiff, run by our custom operators (default); standard: plain "
                              "ONNX (implied by --engine tensorrt-rtx and tensorrt; tensorrt takes fused too where this pidiff has its plug-in)")

@@ -160,7 +160,7 @@ def test_the_command_writes_its_report(source, embedder, two_people, tmp_path):
 
 
 def test_a_bundle_is_evaluated_without_torch(embedder, two_people, tmp_path):
-    """What README's `pip install '.[evaluate]'` brings has none."""
+    """What docs/training.md's `pip install '.[evaluate]'` brings has none."""
     pytest.importorskip("matplotlib")
     blocked = "import sys; sys.modules['torch'] = None; from pidiff.evaluate.__main__ import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", blocked, "--data", two_people, "--embedder", embedder, "--people", "2", "--prompts", "1", "--seeds", "1",

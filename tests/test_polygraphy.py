@@ -1,4 +1,4 @@
-"""Graphs in NVIDIA's own tool for looking into them: the commands that README names."""
+"""Graphs in NVIDIA's own tool for looking into them: the commands that docs/engines.md names."""
 
 import importlib.util
 import re
