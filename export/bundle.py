@@ -129,8 +129,9 @@ class _Export:
         return writer.commit(self.options.secret, **fields)
 
     def _sampling(self) -> dict:
-        """Defaults for the runtime: those that were given, before the source bundle's."""
-        return {**(self.old.scheduler if self.old else {}), **self.options.sampling}
+        """Defaults for the runtime: those that were given, before the source bundle's, before what is usual with Stable Diffusion."""
+        usual = {} if "patch_size" in self.source.config("vae") else {"guidance_scale": 7.5}
+        return {**usual, **(self.old.scheduler if self.old else {}), **self.options.sampling}
 
     def _check_sampling(self) -> None:
         """Refuse before the work what the runtime cannot sample."""

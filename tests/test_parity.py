@@ -59,7 +59,7 @@ def half_regions(side):
 def compare(pair, monkeypatch, people, *, solver, steps=6, seeds=(3, 4), id_mask=None, size=(None, None), spacing=None, **options):
     """Both sides from the same noise; asserts latents, identity map and pictures agree, and returns the latents."""
     pipe, model = pair.pipe, pair.model
-    decoded = []
+    decoded, options = [], {"guidance_scale": 3.0, **options}
     if spacing:
         monkeypatch.setitem(pipe.bundle.manifest.scheduler, "timestep_spacing", spacing)
         monkeypatch.setattr(pipe, "_kept", type(pipe._kept)(16))

@@ -194,8 +194,8 @@ def _providers(ort, device, precision, limits=None):
     if device != "cuda":
         raise EngineError(f"device must be cpu or cuda with onnxruntime, got {device!r}")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise EngineError("device must be cpu with this ONNX Runtime, got 'cuda': it needs onnxruntime-gpu, "
-                          "and this one has only " + ", ".join(ort.get_available_providers()))
+        raise EngineError("device must be cpu with this ONNX Runtime, got 'cuda': it needs onnxruntime-gpu in place of "
+                          "onnxruntime (pip uninstall onnxruntime; pip install onnxruntime-gpu), and this one has only " + ", ".join(ort.get_available_providers()))
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds the CUDA and cuDNN libraries of pip packages, which are on no search path
     # By itself it computes float32 layers in TF32, which has 10 bits, and takes memory in powers of two.
