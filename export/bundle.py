@@ -30,7 +30,7 @@ from .calibrate import Calibration, calibrate
 from .graphs import Graph
 from .parts import Sizes, example_of
 from .picture import draw
-from .quantize import write_quantized
+from .quantize import OPSET_HALF, write_quantized
 from .ranges import Ranges, float32_islands, measure
 from .report import check_mode, write_report
 from .source import Source
@@ -146,7 +146,8 @@ class _Export:
             kept["unet"] = self.int8.kept
         return {
             "name": self.options.name or (self.old.name if self.old else self.source.name), "family": "sd1",
-            "precision": _INT8[self.precision] if self.int8 else self.precision, "attention": self.options.form.attention, "opset": self.options.form.opset,
+            "precision": _INT8[self.precision] if self.int8 else self.precision, "attention": self.options.form.attention,
+            "opset": OPSET_HALF if self.int8 and self.options.fp16 else self.options.form.opset,
             "graphs": self.graphs, "model": model,
             "scheduler": self._sampling(), "sources": self._sources(),
             "licences": self._licences(), "tools": _tools(), "parity": {n: p.to_dict() for n, p in self.parity.items()},

@@ -24,7 +24,7 @@ INT8_FILE = "unet/int8.safetensors"
 HIGHEST = 127
 SWITCH = "quantized_layers"         # input of `with_switches`, bool [number of layers]
 _TINY = 1e-5                        # divided by HIGHEST, float16 still holds it
-_OPSET_HALF = 19                    # the first in which scales may be in float16; what else the graphs hold means the same in it
+OPSET_HALF = 19                    # the first in which scales may be in float16; what else the graphs hold means the same in it
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def quantize(model: ir.Model, root: Path, layers: dict[str, Layer], ranges: dict
         graph.insert_before(node, before)
         graph.insert_after(node, after)
     if any(layer.half for layer in layers.values()):
-        model.opset_imports[""] = max(_OPSET_HALF, model.opset_imports[""])
+        model.opset_imports[""] = max(OPSET_HALF, model.opset_imports[""])
     common.RemoveUnusedNodesPass()(model)
 
 

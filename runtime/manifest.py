@@ -118,8 +118,8 @@ class Manifest:
     """All of manifest.json.
 
     files: relative path -> FileSpec, every file but the manifest. scheduler: how to sample when the caller does not say
-    (optional keys `solver`, `num_inference_steps`, `guidance_scale`, `use_karras_sigmas`, `timestep_spacing`, `eta`); the noise schedule itself is
-    schedule.json. sources: checkpoint file -> sha256. parity: graph -> {max_abs, mean_abs, max_rel} against PyTorch.
+    (optional keys `solver`, `num_inference_steps`, `guidance_scale`, `use_karras_sigmas`, `timestep_spacing`, `eta`); the noise schedule
+    itself is schedule.json. opset: the newest of any graph. sources: checkpoint file -> sha256. parity: graph -> {max_abs, mean_abs, max_rel} against PyTorch.
     float32_layers: graph -> {module: why it is computed in float32 inside a float16 or int8 graph}; precision int8 is that of the
     UNet, all else is computed in float32, with int8-fp16 in float16. engines: set name -> EngineSet
     (engine_specs.py). An older manifest is upgraded when it is read.

@@ -70,6 +70,8 @@ def test_a_bundle_opens_and_states_what_was_verified(bundles, name):
     assert m.model.image_size == (64 if mode == "parallel" else 16) and m.graphs["unet"].tensor("latents").shape[1:] == size
     assert UNET_FILE in m.sources and m.licences["model"] == "see LICENSE"
     assert bundle.json("schedule.json") == bundle.json("scheduler/scheduler_config.json")
+    usual = {} if mode == "parallel" else {"guidance_scale": 7.5}
+    assert m.scheduler == ({"num_inference_steps": 7} if name == "fp16" else usual)
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -217,7 +217,7 @@ def test_beside_float16_scales_are_in_float16_and_islands_stay_in_float32(half):
     graph = onnx.load(bundle.path / "unet.onnx", load_external_data=False)
     kinds = {t.name: t.data_type for t in graph.graph.initializer}
     assert {kinds[n.input[1]] for n in graph.graph.node if "Quantize" in n.op_type} == {onnx.TensorProto.FLOAT16}
-    assert [o.version for o in graph.opset_import if not o.domain] == [19]
+    assert [o.version for o in graph.opset_import if not o.domain] == [19] == [bundle.manifest.opset]
 
 
 @pytest.mark.slow
