@@ -1,5 +1,6 @@
 """What the caller of `Pipeline.generate` may ask for, checked once, before any work."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,16 @@ def check_levels(level_scale, groups):
     """Refuse level scales where the code of a person has no W+ levels."""
     require(groups == 4 or all(value == 1 for value in level_scale), "level_scale", "be all ones for this bundle, whose identities "
             "have no W+ levels (id_scale sets the strength)", tuple(level_scale))
+
+
+def warn_foreign(people, bundle):
+    """Warn of people whose code comes from another encoder than the bundle's, or whose tuning from other weights (for `generate`)."""
+    if any(p.encoder and p.encoder != bundle.encoder_id() for p in people):
+        warnings.warn("identity was enrolled with another encoder than this bundle's; enroll the photo again if the "
+                      "likeness is poor", stacklevel=4)
+    if any(p.tuning and p.tuning.model != bundle.adapter_id() for p in people):
+        warnings.warn("identity was tuned for other weights than this bundle's; run pidiff-train personalize again if the "
+                      "likeness is poor", stacklevel=4)
 
 
 def resolve_people(identity, layers, width):

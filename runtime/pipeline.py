@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import time
 import warnings
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from .errors import EngineError, NotFinite, PidiffError, require
 from .faces import FaceReader, to_image, to_planes
 from .identity import Identity
 from .memory import STAGE_OF, STAGES, Budget, check_limit, fits, give_back
-from .options import MAX_PEOPLE, Options, check_levels, resolve_mask, resolve_people, resolve_seeds
+from .options import MAX_PEOPLE, Options, check_levels, resolve_mask, resolve_people, resolve_seeds, warn_foreign
 from .presets import resolve_preset
 from .progress import Progress
 from .recent import Recent
@@ -30,6 +30,7 @@ from .result import Result
 from .schedule import SAMPLING, make_schedule
 from .sizes import decode_in_tiles, is_free, latent_shape
 from .text import TextTokenizer
+from .turns import draws, in_turn, new_turn
 
 LEVELS = ("coarse", "middle", "fine", "finest")
 # The graphs that take the time, on few shapes. All others run once per person, prompt or plan: nothing would be gained
@@ -40,7 +41,7 @@ ALL, PICTURE = tuple(STAGES), tuple(stage for stage in STAGES if stage != "enrol
 
 
 class Pipeline:
-    """Make one with `Pipeline.from_bundle`. Graphs load when they are first used; not for use by two threads at once.
+    """Make one with `Pipeline.from_bundle`. Graphs load when they are first used; threads that share it take turns.
 
     Attributes: bundle, engine (the name of the one that is used), device, precision, seconds (stage -> wall time since
     the last `generate` began).
@@ -51,7 +52,7 @@ class Pipeline:
         require(threads is None or (type(threads) is int and 1 <= threads <= 1024), "threads",
                 "be an integer in [1, 1024] or None", repr(threads))
         self.bundle, self.device, self.threads, self.precision = bundle, device, threads or granted_threads(), precision
-        self.seconds, self._may_fall_back = {}, engine == AUTO and max_memory is None
+        self.seconds, self._turn, self._may_fall_back = {}, new_turn(), engine == AUTO and max_memory is None
         check_limit(max_memory)
         size = sum(f.size for f in bundle.manifest.files.values())
         load_engine(engine if engine != AUTO else "onnxruntime")         # installed at all?
@@ -99,11 +100,12 @@ class Pipeline:
         """
         return cls(Bundle.open(path, verify, require_signature), engine, device, threads, precision, keep, max_memory, warm)
 
-    @property
+    @cached_property
     def directions(self):
         """Edit directions of the bundle: name -> [L,512] float32, one step = one standard deviation."""
-        return self._kept.get("directions", self.bundle.directions)
+        return self.bundle.directions()
 
+    @in_turn
     def enroll(self, photo, select="only"):
         """Return the Identity of the person in a photo: a PNG, JPEG or WebP path, or an RGB uint8 array [H,W,3].
 
@@ -113,7 +115,7 @@ class Pipeline:
             self._budget.check(enroll={})
             matting = "face_matting" in self.bundle.manifest.graphs
             if not matting:
-                warnings.warn("the bundle has no face_matting graph: the background stays in the identity", stacklevel=2)
+                warnings.warn("the bundle has no face_matting graph: the background stays in the identity", stacklevel=3)
             reader = FaceReader(self._graph, self.bundle.manifest.model.face_size, matting)
             face = reader.read(photo, select)
             w_plus = call(self._graph("w_plus_encoder"), {"face": to_planes(face)})["w_plus"][0].astype(np.float32)
@@ -135,6 +137,7 @@ class Pipeline:
             layers += range(start, start + groups[LEVELS.index(level)])
         return identity.mix(other, layers, amount)
 
+    @in_turn
     def prepare(self, prompt, argument="prompt"):
         """Return text_kv [1,T,2 sum(C)] for a prompt: keys and values of all layers, kept for the next call."""
         def make():
@@ -145,6 +148,7 @@ class Pipeline:
 
         return self._kept.get(("prompt", prompt), make)
 
+    @in_turn
     def plan(self, num_inference_steps=None, scheduler=None, eta=None):
         """Return the Plan (schedule and time table) for a number of steps, a solver and tcd's eta, kept for the next call."""
         given = self.bundle.manifest.scheduler | ({} if eta is None else {"eta": eta})
@@ -157,6 +161,7 @@ class Pipeline:
 
         return self._kept.get(("plan", steps, solver, eta), make)
 
+    @in_turn
     def fold(self, identity=None, level_scale=(1.0, 1.0, 1.0, 1.0)):
         """Return id_fold [1,F] of an Identity, level scales included; None stands for the unconditional identity."""
         model = self.bundle.manifest.model
@@ -172,6 +177,7 @@ class Pipeline:
 
         return self._kept.get(key, make)
 
+    @draws
     def generate(self, identity, prompt, negative_prompt="", *, preset="exact", num_inference_steps=None,
                  guidance_scale=None, guidance_interval=None, cache_interval=None, id_scale=1.0, id_start=None,
                  level_scale=(1.0, 1.0, 1.0, 1.0), id_mask=None, seed=None, num_images=None, scheduler=None, eta=None, edits=None,
@@ -208,7 +214,7 @@ class Pipeline:
                 "(export it again)", options.cache_interval)
         people = [self.edit(p, **(edits or {})) for p in resolve_people(identity, model.w_plus_layers, model.w_plus_dim)]
         check_levels(options.level_scale, model.identity.num_groups)
-        self._warn_foreign(people)
+        warn_foreign(people, self.bundle)
         seeds = resolve_seeds(seed, num_images)
         shape = latent_shape(self.bundle, height, width)
         mask = resolve_mask(id_mask, len(people), *shape[1:])
@@ -231,6 +237,7 @@ class Pipeline:
         return Result(images, None if maps[0] is None else np.concatenate(maps), seeds, self.seconds, self.engine,
                       self.device, options.scheduler, options.steps, float(options.guidance_scale))
 
+    @in_turn
     def warm_up(self, people=1, enroll=False, **options):
         """Load and compile, and on a GPU capture, what a picture with these options of `generate` needs: the first one is as fast as the
         next ones then.
@@ -378,14 +385,6 @@ class Pipeline:
         finally:
             spent = time.perf_counter() - start - (sum(self.seconds.values()) - inner)
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
-
-    def _warn_foreign(self, people):
-        if any(p.encoder and p.encoder != self.bundle.encoder_id() for p in people):
-            warnings.warn("identity was enrolled with another encoder than this bundle's; enroll the photo again if the "
-                          "likeness is poor", stacklevel=3)
-        if any(p.tuning and p.tuning.model != self.bundle.adapter_id() for p in people):
-            warnings.warn("identity was tuned for other weights than this bundle's; run pidiff-train personalize again if the "
-                          "likeness is poor", stacklevel=3)
 
 
 def _first(*values):

@@ -1,9 +1,12 @@
 """The runtime on a tiny bundle (and on the shipped one where it is present): pictures, options, identities, errors."""
 
+import functools
 import json
 import os
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime as ort
@@ -147,6 +150,37 @@ def test_two_people_in_two_regions(pipe):
 def test_every_solver(pipe, solver):
     result = pipe.generate(person(), PROMPT, seed=1, num_inference_steps=4, scheduler=solver)
     assert result.scheduler == solver and result.images[0].std() > 1
+
+
+def test_threads_take_turns(tiny):
+    """Several users of one pipeline, as in a server: each gets the picture that it gets alone."""
+    pipe = Pipeline.from_bundle(tiny, engine="onnxruntime", threads=1)
+    draw = lambda n: (pipe.fold(pipe.edit(person(n), smile=1.0)), pipe.generate(person(n), ("blue", "red", "a photo")[n % 3], seed=n).images[0])
+    alone, inside, most = [draw(n) for n in range(6)], [], []
+    begun = type(pipe)._denoised
+
+    def counted(*given):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        yield from begun(*given)
+        inside.pop()
+
+    pipe._denoised = functools.partial(counted, pipe)
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            for (fold, image), (other_fold, other) in zip(alone, pool.map(draw, range(6))):
+                assert np.array_equal(fold, other_fold) and np.array_equal(image, other)
+    assert most == [1] * 18
+
+
+def test_a_callback_does_not_draw_with_its_own_pipeline(pipe):
+    """Both pictures would use one memory. Afterwards, and for other threads, the pipeline is as before."""
+    again = lambda step, total, preview: picture(pipe, person(2))
+    with pytest.raises(PidiffError, match="^callback must not draw with the pipeline that calls it, got a call of generate$"):
+        picture(pipe, person(), callback=again)
+    prepared = lambda step, total, preview: pipe.prepare("sketch") is None
+    assert np.array_equal(picture(pipe, person(), callback=prepared), picture(pipe, person()))
 
 
 def test_eta_says_how_random_tcd_is(pipe):
