@@ -38,6 +38,7 @@ the graphs point into. Every graph is run in ONNX Runtime and compared with PyTo
   pidiff-export --into out/mini-rtx --engine tensorrt-rtx --target host       more engines, or the rest of a stopped build
   pidiff-export --new-key me; pidiff-export --into out/mini-rtx --sign me.key     a bundle signed for those who have me.pub
   pidiff-export --check out/mini-rtx                            will the engines run here? status: see --check
+  pidiff-export --check out/mini-rtx --rebuild                  build again what does not, or what would be slow, and check again
 """
 
 

@@ -4,6 +4,7 @@ None of it imports torch. With MODEL and OUT the export runs in a process of its
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     statuses = ", ".join(f"{status} {name}" for name, status in VERDICTS.items())
     group.add_argument("--check", metavar="BUNDLE", type=Path, help="say what the engines of a bundle will do on this machine, "
                        f"before any is loaded; exit status, of the worst graph: {statuses}")
+    group.add_argument("--rebuild", action="store_true", help="with --check: run the commands that it names, if any, and check again. What "
+                       "it takes the place of is dropped; --sign KEY.key signs the bundle anew")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -54,12 +57,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if commands:
         if args.model is not None or len(commands) > 1:
             parser.error(f"{commands[0]} takes the place of MODEL, OUT and other commands")
-        work = args.engine or args.sign
+        work = args.engine or args.sign and not args.rebuild
         if args.into and not work or not args.into and work:
-            parser.error("--into needs --engine or --sign, --check and --new-key take none")
+            parser.error("--into needs --engine or --sign, --check and --new-key take none (but --check --rebuild takes --sign)")
         if args.into and args.engine not in (None, *BACKENDS):
             parser.error(f"--into builds engines, and {args.engine} runs the graphs of any bundle as they are")
-    elif args.out is None:
+    if args.rebuild and not args.check:
+        parser.error("--rebuild needs --check BUNDLE")
+    if args.rebuild and args.require_signature and not args.sign:
+        parser.error("--rebuild with --require-signature needs --sign, since it changes the bundle")
+    if not commands and args.out is None:
         parser.error("the following arguments are required: MODEL, OUT (or --into BUNDLE, or --check BUNDLE)")
 
 
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         print(f"keep {' secret, give away '.join(map(str, new_key(args.new_key)))}")
         return 0
     if args.check:
-        return _check(args.check, args.quiet, args.require_signature)
+        return _check_and_rebuild(args)
     secret = load_secret_key(args.sign) if args.sign else None
     if not args.engine:
         with EngineStore(args.into, args.require_signature) as store:
@@ -136,7 +143,23 @@ def _build(path: Path, options: EngineOptions, quiet: bool) -> int:
     return 0
 
 
-def _check(path: Path, quiet: bool, require_signature: Path | None) -> int:
+def _check_and_rebuild(args: argparse.Namespace) -> int:
+    status, commands = _check(args.check, args.quiet, args.require_signature)
+    if not args.rebuild or not commands:
+        return status
+    from .__main__ import build_parser
+
+    for command in commands:
+        if not args.quiet:
+            print(f"\n{command}", flush=True)
+        words = [*shlex.split(command)[1:], *(["--sign", str(args.sign)] if args.sign else []), *["--quiet"] * args.quiet]
+        if status := run(build_parser().parse_args(words), words):
+            return status
+    return _check(args.check, args.quiet, args.require_signature)[0]
+
+
+def _check(path: Path, quiet: bool, require_signature: Path | None) -> tuple[int, list[str]]:
+    """Print what is to be expected; returns the exit status, and the commands by which it would be better."""
     bundle = Bundle.open(path, require_signature=require_signature)
     found = preflight(bundle)
     if not quiet:
@@ -150,4 +173,5 @@ def _check(path: Path, quiet: bool, require_signature: Path | None) -> int:
                     print(f"  {finding.graph:<18}{finding}")
         others = sorted(set(bundle.manifest.graphs) - set(ENGINE_GRAPHS))
         print(f"on {FALLBACK} by design: {', '.join(others)}")
-    return found.status
+    best = [found.best(graph) for graph in ENGINE_GRAPHS if found.findings]
+    return found.status, list(dict.fromkeys(finding.command for finding in best if finding.command))

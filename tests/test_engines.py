@@ -15,6 +15,7 @@ import pytest
 onnx = pytest.importorskip("onnx")
 
 from tiny_bundle import edit, write_tiny_bundle
+from tiny_engines import use_builder
 
 from pidiff.export import engines, memory
 from pidiff.export.__main__ import main
@@ -25,19 +26,6 @@ from pidiff.runtime.engines import tensorrt
 from pidiff.runtime.preflight import ENGINE_GRAPHS
 
 NAME = "tensorrt-rtx-sm86+sm89+sm120-9.9"
-# A builder: reads the job, notes graph and job, writes a file.
-BUILDER = """
-import json, sys, os, signal, time
-job = json.load(sys.stdin)
-graph = os.path.basename(job["onnx"])[:-5]
-open({log!r}, "a").write(graph + "\\n")
-json.dump(job, open({log!r} + ".job", "w"))
-open(job["out"], "wb").write(b"half")
-if graph == {victim!r}:
-    {misfortune}
-open(job["out"], "wb").write(json.dumps(job["profiles"]).encode())
-print(1, 2); print(json.dumps({{"peak_rss": 1 << 20}}))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +41,7 @@ def bundle(plain, tmp_path):
 @pytest.fixture
 def builder(monkeypatch, tmp_path):
     """Return a function that puts the small builder in place; it returns a function: the graphs built since then."""
-    def use(victim="", misfortune="pass", version="9.9"):
-        log = tmp_path / "log"
-        log.write_text("")
-        monkeypatch.setattr(engines, "installed_version", lambda backend: (version, ""))
-        monkeypatch.setattr(engines, "_BUILDER", [sys.executable, "-c", BUILDER.format(
-            log=str(log), victim=victim, misfortune=misfortune)])
-        return lambda: log.read_text().split()
-    return use
+    return lambda *how, **more: use_builder(monkeypatch, tmp_path / "log", *how, **more)
 
 
 def build(path, *options):
@@ -187,7 +168,8 @@ def test_timings_lie_beside_the_bundle_and_are_the_users_own(bundle, builder, mo
 
 @pytest.mark.parametrize("arguments", [["--into", "b"], ["mini", "out", "--into", "b", "--engine", "tensorrt-rtx"], ["mini"],
                                        ["--check", "b", "--into", "b"], ["--check", "b", "--engine", "tensorrt-rtx"],
-                                       ["mini", "out", "--engine", "cuda"], ["mini", "out", "--check", "b"], []])
+                                       ["mini", "out", "--rebuild"], ["--check", "b", "--rebuild", "--require-signature", "k.pub"],
+                                       ["--check", "b", "--sign", "k.key"], ["mini", "out", "--engine", "cuda"], ["mini", "out", "--check", "b"], []])
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

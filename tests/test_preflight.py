@@ -7,7 +7,7 @@ import types
 
 import pytest
 from tiny_bundle import edit, write_tiny_bundle
-from tiny_engines import VERSION, add
+from tiny_engines import VERSION, add, use_builder
 
 from pidiff.export.__main__ import build_parser, main
 from pidiff.runtime import preflight as module
@@ -126,6 +126,35 @@ def test_the_command_builds_the_same_shapes(built, machine, tmp_path, capsys):
     assert (args.batch, args.people, args.size, args.strip) == ("1:2:4", "1:2:3", "32:32:64", False)
     edit(path, lambda m: next(iter(m["engines"].values()))["graphs"]["unet"].update(left_out=5))
     assert build_parser().parse_args(shlex.split(preflight(Bundle.open(path)).findings[0].command)[1:]).strip
+
+
+def test_a_check_may_rebuild(built, machine, tmp_path, monkeypatch, capsys):
+    """After an update of TensorRT-RTX; what is as good as it can be is left alone."""
+    pytest.importorskip("onnx")
+    path = shutil.copytree(built, tmp_path / "a b")
+    machine(version="1.8")
+    made = use_builder(monkeypatch, tmp_path / "log", version="1.8")
+    assert main(["--check", str(path), "--rebuild"]) == 0 and made() == list(ENGINE_GRAPHS)
+    said = capsys.readouterr().out
+    command = f"pidiff-export --into '{path}' --engine tensorrt-rtx --target sm86,sm89"
+    assert said.count(f"\n{command}\n") == 1 and said.index("rebuild: it was built by") < said.index(f"\n{command}\n") < said.index("  ok\n")
+    assert main(["--check", str(path), "--rebuild", "--quiet"]) == 0 and made() == list(ENGINE_GRAPHS) and capsys.readouterr().out == ""
+    assert [e.version for e in Bundle.open(path).manifest.engines.values()] == ["1.8"]
+    machine(gpu=None)
+    assert main(["--check", str(path), "--rebuild"]) == 5 and made() == list(ENGINE_GRAPHS), "nothing to be built would help"
+    machine(version="1.9")
+    use_builder(monkeypatch, tmp_path / "log", "unet", "sys.exit('the reason')", version="1.9")
+    assert main(["--check", str(path), "--rebuild", "--quiet"]) == 1 and "got the reason" in capsys.readouterr().err
+
+
+def test_a_rebuilt_bundle_may_be_signed_again(built, machine, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("cryptography"), pytest.importorskip("onnx")
+    path, key = shutil.copytree(built, tmp_path / "b"), str(tmp_path / "k")
+    assert main(["--new-key", key]) == main(["--into", str(path), "--sign", f"{key}.key"]) == 0
+    machine(version="1.8")
+    use_builder(monkeypatch, tmp_path / "log", version="1.8")
+    assert main(["--check", str(path), "--rebuild", "--quiet", "--require-signature", f"{key}.pub", "--sign", f"{key}.key"]) == 0
+    assert Bundle.open(path, require_signature=f"{key}.pub").manifest.engines.keys() == {"tensorrt-rtx-sm86+sm89-1.8"}
 
 
 def test_a_tampered_engine_is_an_error_and_no_verdict(built, machine, tmp_path, capsys):
