@@ -32,7 +32,7 @@ the graphs point into. Every graph is run in ONNX Runtime and compared with PyTo
   pidiff-export mini out/mini-plain --attention standard        without custom nodes, for any ONNX engine
   pidiff-export sd15/ out/sd15 --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --fp16
   pidiff-export sd15/ out/ip --adapter ip-adapter_sd15.safetensors --image-encoder image_encoder/ --fp16
-  pidiff-export sd15/ out/lcm --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --lora lcm-lora.safetensors \
+  pidiff-export sd15/ out/lcm --adapter wplus_adapter.bin --encoder e4e_ffhq_encode.pt --lora lcm-lora.safetensors \\
       --solver lcm --steps 4 --guidance-scale 1                 a model of few steps; docs/export.md: options for TCD and Hyper-SD
   pidiff-export mini out/mini-rtx --fp16 --engine tensorrt-rtx  with engines for RTX cards; no GPU is needed to build them
   pidiff-export --into out/mini-rtx --engine tensorrt-rtx --target host       more engines, or the rest of a stopped build
