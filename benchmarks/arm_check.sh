@@ -5,7 +5,8 @@
 #
 #   benchmarks/arm_check.sh [folder for what it downloads and builds, default build/arm]
 #
-# Needs x86-64 Debian with aarch64-linux-gnu-g++, cmake, network, and `python3` with pidiff and its extra `dev` (PYTHON names another).
+# Needs x86-64 Debian with aarch64-linux-gnu-g++, cmake, network, and `python3` with pidiff and its extra `dev` (PYTHON names another;
+# DEBIAN_MIRROR another archive than the one that apt uses here).
 # Nothing is installed on the system. Exit status: 0 all was right, else 1.
 set -euo pipefail
 
@@ -14,12 +15,13 @@ mkdir -p "${1:-$root/build/arm}"
 work="$(cd "${1:-$root/build/arm}" && pwd)"
 python="$(command -v "${PYTHON:-python3}")"
 debian="$work/debian" site="$work/site"
+mirror="${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Label: Debian' | head -1)}"
 tests=(test_attention test_identity_mix test_group_norm test_loop test_sampling test_runtime_parts test_runtime)
 
 packages() {  # suite, architecture, folder, names: unpack Debian packages into a folder, by an apt state of its own
   local state="$work/apt-$1-$2" options
   mkdir -p "$state"/{lists/partial,cache/archives/partial,debs} "$3"
-  echo "deb [arch=$2 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $1 main" > "$state/sources.list"
+  echo "deb [arch=$2 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $1 main" > "$state/sources.list"
   options=(-o "Dir::State::lists=$state/lists" -o "Dir::Cache=$state/cache" -o "Dir::Etc::sourcelist=$state/sources.list" -o Dir::Etc::sourceparts=/dev/null
            -o Dir::State::status=/dev/null -o "APT::Architecture=$2" -o "APT::Architectures=$2" -o APT::Sandbox::User=root -qq)
   apt-get "${options[@]}" update

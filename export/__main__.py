@@ -9,7 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
-from pidiff.runtime.bundle import Bundle, shipped_bundle
+from pidiff.runtime.bundle import SPACINGS, Bundle, shipped_bundle
 from pidiff.runtime.engine_specs import BACKENDS
 from pidiff.runtime.engines import load_engine
 from pidiff.runtime.memory import resident
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     defaults.add_argument("--solver", choices=SOLVERS)
     defaults.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     defaults.add_argument("--guidance-scale", type=float, metavar="X", help="1 or 0: off; of Stable Diffusion 7.5 where nobody says")
-    defaults.add_argument("--timestep-spacing", choices=("leading", "trailing", "linspace"),
+    defaults.add_argument("--timestep-spacing", choices=SPACINGS,
                           help="where the timesteps of a schedule lie (default: what the model's scheduler says); trailing for Hyper-SD")
     defaults.add_argument("--eta", type=float, metavar="X", help="with tcd: how random its steps are, 0 to 1 (default 0.3)")
     engine_commands.add_arguments(parser)

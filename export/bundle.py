@@ -20,7 +20,7 @@ from pidiff.config import save_config
 from pidiff.matting import FaceMatting
 from pidiff.model import Model
 from pidiff.runtime.bundle import Bundle, BundleWriter, GraphSpec, sha256_file, shipped_bundle
-from pidiff.runtime.schedule import SAMPLING, make_schedule
+from pidiff.runtime.schedule import make_schedule
 from pidiff.runtime.signature import SecretKey
 from pidiff.unet import cross_attention_layers
 
@@ -136,8 +136,7 @@ class _Export:
     def _check_sampling(self) -> None:
         """Refuse before the work what the runtime cannot sample."""
         wanted = self._sampling()
-        make_schedule(self.source.config("scheduler"), wanted.get("solver", "dpmpp_2m"), wanted.get("num_inference_steps", 20),
-                      **{name: wanted.get(name) for name in SAMPLING})
+        make_schedule(self.source.config("scheduler"), wanted.get("solver", "dpmpp_2m"), wanted.get("num_inference_steps", 20), wanted)
 
     def _fields(self, model: dict) -> dict:
         """The manifest's, as far as the bundle has been written."""

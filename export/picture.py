@@ -18,6 +18,7 @@ from pidiff.runtime.faces import to_planes
 from pidiff.runtime.identity import Identity
 from pidiff.runtime.images import opencv
 from pidiff.runtime.pipeline import Pipeline
+from pidiff.runtime.schedule import SAMPLING
 from pidiff.sampling import sample_latents
 
 from .errors import ExportError
@@ -92,7 +93,7 @@ def _reference(model: Model, bundle: Bundle, person: np.ndarray, settings: dict)
     options = {k: settings[k] for k in ("num_inference_steps", "guidance_scale")}
     latents, _ = sample_latents(
         model, torch.from_numpy(person)[None], settings["prompt"], solver=settings["scheduler"],
-        use_karras_sigmas=bool(bundle.manifest.scheduler.get("use_karras_sigmas")), timestep_spacing=bundle.manifest.scheduler.get("timestep_spacing"),
+        **{k: v for k, v in bundle.manifest.scheduler.items() if k in SAMPLING},
         latents=torch.from_numpy(_C.randn([settings["seed"]], bundle.manifest.model.latent_shape)), **options)
     planes = model.decode_latents(latents)[0].clamp(-1, 1)
     return ((planes + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().copy()

@@ -27,7 +27,7 @@ from .engine_specs import ENGINE_FOLDER
 from .errors import BundleError, require
 from .files import reason, umask
 from .manifest import (
-    MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, REPORTS, SCHEMA_VERSION, FileSpec, GraphSpec, IdentitySpec, Manifest, ModelSpec,
+    MANIFEST, MAX_FILES, MAX_MANIFEST_BYTES, REPORTS, SCHEMA_VERSION, SPACINGS, FileSpec, GraphSpec, IdentitySpec, Manifest, ModelSpec,
     TensorSpec, UNetSpec, check_path,
 )
 from .signature import SIGNATURE, check_signature, load_public_key, sign

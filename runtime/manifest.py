@@ -38,6 +38,8 @@ GRAPH_IO = {
 }
 REQUIRED_GRAPHS = tuple(list(GRAPH_IO)[:7])  # what a generation runs; the others serve enrolment and training
 REQUIRED_FILES = ("schedule.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
+SPACINGS = ("leading", "trailing", "linspace")        # of timesteps: what `scheduler` may name
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -262,7 +264,7 @@ def _scheduler(data):
         "solver": lambda v: isinstance(v, str) and PART.fullmatch(v), "use_karras_sigmas": lambda v: isinstance(v, bool),
         "num_inference_steps": lambda v: type(v) is int and 0 < v <= 1000,
         "guidance_scale": lambda v: type(v) in (int, float) and 0 <= v <= 100,
-        "timestep_spacing": lambda v: v in ("leading", "trailing", "linspace"),
+        "timestep_spacing": lambda v: v in SPACINGS,
         "eta": lambda v: type(v) in (int, float) and 0 <= v <= 1,
     }
     for key, value in data.items():

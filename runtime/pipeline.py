@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import threading
 import time
 import warnings
 from functools import cached_property, partial
@@ -27,10 +28,10 @@ from .presets import resolve_preset
 from .progress import Progress
 from .recent import Recent
 from .result import Result
-from .schedule import SAMPLING, make_schedule
+from .schedule import make_schedule
 from .sizes import decode_in_tiles, is_free, latent_shape
 from .text import TextTokenizer
-from .turns import draws, in_turn, new_turn
+from .turns import draws, in_turn
 
 LEVELS = ("coarse", "middle", "fine", "finest")
 # The graphs that take the time, on few shapes. All others run once per person, prompt or plan: nothing would be gained
@@ -52,7 +53,7 @@ class Pipeline:
         require(threads is None or (type(threads) is int and 1 <= threads <= 1024), "threads",
                 "be an integer in [1, 1024] or None", repr(threads))
         self.bundle, self.device, self.threads, self.precision = bundle, device, threads or granted_threads(), precision
-        self.seconds, self._turn, self._may_fall_back = {}, new_turn(), engine == AUTO and max_memory is None
+        self.seconds, self._may_fall_back, self._lock, self._drawing = {}, engine == AUTO and max_memory is None, threading.RLock(), False
         check_limit(max_memory)
         size = sum(f.size for f in bundle.manifest.files.values())
         load_engine(engine if engine != AUTO else "onnxruntime")         # installed at all?
@@ -155,7 +156,7 @@ class Pipeline:
         steps, solver = _first(num_inference_steps, given.get("num_inference_steps"), 20), _solver(scheduler, given)
 
         def make():
-            schedule = make_schedule(self._schedule_config, solver, steps, **{k: given.get(k) for k in SAMPLING})
+            schedule = make_schedule(self._schedule_config, solver, steps, given)
             table = call(self._graph("time_conditioner"), {"timesteps": np.asarray(schedule.timesteps)})["time_table"]
             return Plan(schedule, table)
 

@@ -46,11 +46,11 @@ def _end_in_noise(alphas):
     return alphas
 
 
-def make_schedule(config, solver, num_inference_steps, **sampling):
+def make_schedule(config, solver, num_inference_steps, sampling={}):
     """Return the core's Schedule for a scheduler configuration, a solver name and a number of steps.
 
-    sampling: SAMPLING's names, what is not None comes before the configuration's. `eta`: of tcd, 0.3 where nobody says. A configuration
-    serves all solvers, as diffusers' do: what a solver does not know is passed over.
+    sampling: a manifest's `scheduler`, whose SAMPLING comes before the configuration's. A configuration serves all solvers, as diffusers'
+    do: what a solver does not know is passed over.
     """
     from pidiff import _C
 
@@ -60,7 +60,7 @@ def make_schedule(config, solver, num_inference_steps, **sampling):
     for key, value in options.items():
         if type(value) is not _PASSED[key] and not (_PASSED[key] is float and type(value) is int):
             raise BundleError(f"schedule.json {key} must be {_PASSED[key].__name__}, got {value!r}")
-    options.update({k: v for k, v in sampling.items() if v is not None})
+    options.update({k: sampling[k] for k in SAMPLING if k in sampling})
     if solver not in _WITH_KARRAS_SIGMAS:
         options.pop("use_karras_sigmas", None)
     options.setdefault("timestep_spacing", "leading" if solver in _LEADING else "linspace")

@@ -46,7 +46,7 @@ def test_bad_noise_schedules(change):
 def test_a_schedule_passes_over_what_its_solver_does_not_know(solver):
     """As diffusers' classes do: a model whose scheduler has Karras sigmas can be sampled by all."""
     config = {"use_karras_sigmas": True, "timestep_spacing": "leading", "clip_sample": False}
-    made = make_schedule(config, solver, 4, timestep_spacing="trailing", eta=0.0, use_karras_sigmas=None)
+    made = make_schedule(config, solver, 4, {"timestep_spacing": "trailing", "eta": 0.0, "solver": "of somebody else"})
     own = {} if solver not in ("euler", "dpmpp_2m", "unipc") else {"use_karras_sigmas": True}
     expected = _C.Schedule(solver, alphas_cumprod(config), 4, timestep_spacing="trailing", eta=0.0, **own)
     assert made.timesteps.tolist() == expected.timesteps.tolist() and made.timestep_spacing == "trailing"
